@@ -93,14 +93,18 @@ def draw_documents(
 
 
 def draw_after(
-    corpora: Mapping[int, Corpus], taken: Mapping[int, int], tokenizer: PreTrainedTokenizerBase, params: Params, tokens: int
+    corpora: Mapping[int, Corpus | Iterator[Tensor]],
+    taken: Mapping[int, int],
+    tokenizer: PreTrainedTokenizerBase,
+    params: Params,
+    tokens: int,
 ) -> Documents:
     """Return documents that reach so many tokens, or all that there are, in the order that ``draw_documents`` goes on in.
 
     Of more tokens, the first documents are the same.
 
     Args:
-        corpora: by the number of their source.
+        corpora: by the number of their source; or documents that are drawn as they are.
         taken: number of a source → how many of its first documents are left out.
         tokenizer: the model's.
         params: the sources with their shares, ``max_length``, ``pack`` and ``seed``.
@@ -108,6 +112,8 @@ def draw_after(
     """
     streams = {
         number: islice(_encode_corpus(corpus, tokenizer, params, Counts()), taken.get(number, 0), None)
+        if isinstance(corpus, Corpus)
+        else enumerate(corpus)
         for number, corpus in corpora.items()
     }
     shares = [source.share for source in list_sources(params)]

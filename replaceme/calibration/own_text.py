@@ -7,6 +7,7 @@ document goes on after an end of text, as in the packed text that models are tra
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ MAX_TOKENS = 512
 # Documents that are written at once, at most: a step reads all weights, however many they are. And the bytes that their keys
 # and values may take.
 MAX_ROWS, CACHE_BYTES = 128, 2 << 30
+# Documents that are written at once where it is not known how many will be read.
+BATCH_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,12 @@ def write_texts(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, leng
             documents += _write_batch(model, starts[first : first + rows], length, turns, steps)
         next(steps, None)
     return documents
+
+
+def write_endlessly(model: Any, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> Iterator[Tensor]:
+    """Yield documents of ``length`` token ids without end, written ``BATCH_ROWS`` at a time; see ``write_texts``."""
+    for batch in itertools.count():
+        yield from write_texts(model, tokenizer, BATCH_ROWS, length, seed + batch)
 
 
 def choose_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from replaceme.base.errors import DatasetError
@@ -16,6 +19,8 @@ from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from replaceme.base.documents import Documents
     from replaceme.edits.edits import Edits
     from replaceme.training.training import Curves
@@ -59,28 +64,54 @@ def draw_text(params: Params, work: Workspace) -> Documents:
 
     text = healing_params(params)
     record = work.dataset_input if params.heal_dataset is None else work.heal_dataset_input
-    datasets = {number: dataset for number, dataset in enumerate(find_datasets(text, read_json(record))) if dataset}
+    datasets = [*enumerate(find_datasets(text, read_json(record)))]
     drawn = zip(list_sources(params), read_json(work.documents / "documents.json")["sources"], strict=True)
     counts = {replace(source, share=1.0): count["documents"] for source, count in drawn}
     sources = list_sources(text)
-    taken = {number: counts.get(replace(sources[number], share=1.0), 0) for number in datasets}
+    taken = {number: counts.get(replace(sources[number], share=1.0), 0) for number, dataset in datasets if dataset}
     tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
-    tokens = params.heal_tokens + HELD_OUT_TOKENS + params.max_length
-    for left_out in (taken, {}):
-        corpora = {number: dataset.open(params.seed) for number, dataset in datasets.items()}
-        documents = draw_after(corpora, left_out, tokenizer, text, tokens)
-        if len(documents):
-            break
-        logger.warning("heal_dataset: the calibration took all of the text; the training takes it again")
+    tokens, whole = params.heal_tokens + HELD_OUT_TOKENS + params.max_length, sum(source.share for source in sources)
+
+    def draw() -> Documents:
+        corpora = {
+            number: dataset.open(params.seed)
+            if dataset
+            else _write_own_text(params, work, tokens * sources[number].share / whole)
+            for number, dataset in datasets
+        }
+        return draw_after(corpora, taken, tokenizer, text, tokens)
+
+    documents = draw()
+    if used_up := [number for number in taken if number not in documents.tokens_by_domain]:
+        names = ", ".join(sources[number].name for number in used_up)
+        logger.warning("heal_dataset: the calibration took all of the text of %s; the training takes it again", names)
+        taken |= dict.fromkeys(used_up, 0)
+        documents = draw()
     if not len(documents):
         raise DatasetError("heal_dataset: no text is left after tokenization; name a text with words.")
-    whole = sum(sources[number].share for number in datasets)
     for number, count in documents.tokens_by_domain.items():
         if (needed := params.heal_tokens * sources[number].share / whole) > count:
             logger.warning(
                 "heal_dataset: %s has %d tokens for this; they are read %.1f times", sources[number].name, count, needed / count
             )
     return documents
+
+
+def _write_own_text(params: Params, work: Workspace, tokens: float) -> Iterator[Tensor]:
+    """Yield documents that the dense model writes, until they have so many tokens; of more, the first ones are the same."""
+    from replaceme.calibration.own_text import MAX_TOKENS, write_endlessly
+    from replaceme.models.devices import use_processor
+    from replaceme.models.find import recorded_model
+    from replaceme.models.kv_cache import eager_attention_where_faster
+    from replaceme.models.memory import HEALING_OBSTACLE, load_within_budget
+
+    use_processor(params.threads)
+    source, length = recorded_model(params, work.model_input), min(params.max_length, MAX_TOKENS)
+    tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
+    model = load_within_budget(source, params, params.dtype, packed=params.use_4bit, obstacle=HEALING_OBSTACLE)
+    with eager_attention_where_faster(model, source.family()):
+        # Another seed than those of the calibration's own text and of the comparison's.
+        yield from islice(write_endlessly(model, tokenizer, length, params.seed + 2), ceil(tokens / length))
 
 
 def _train(params: Params, work: Workspace, documents: Documents) -> tuple[Edits, dict[str, Any], Curves]:

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from replaceme.base.entries import SELF, dataset_title
-from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError, renaming
+from replaceme.base.entries import dataset_title
+from replaceme.base.errors import ParameterError, ReplaceMeError, renaming
 from replaceme.base.files import new_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.calibration.find import dataset_fingerprints
 from replaceme.calibration.own_text import count_own_documents
-from replaceme.calibration.sources import healing_params, list_sources
+from replaceme.calibration.sources import healing_params
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
@@ -73,7 +73,9 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
     content[work.heal_dataset_input.name] = {}
     if params.heal_tokens:
         with _collecting(problems), renaming({"dataset": "heal_dataset"}):
-            content[work.heal_dataset_input.name] = _check_healing_text(params)
+            # The calibration's text is checked already.
+            own = dataset_fingerprints(healing_params(params)) if params.heal_dataset is not None else {}
+            content[work.heal_dataset_input.name] = own
     with _collecting(problems):
         content[work.tasks_input.name] = task_fingerprints(params)
     if problems:
@@ -107,16 +109,6 @@ def _check_model(params: Params, model: Model) -> Params:
         )  # fmt: skip
     check_weights(model)
     return params
-
-
-def _check_healing_text(params: Params) -> dict[str, Any]:
-    """Return what identifies the text of the healing, if it is not the calibration's. Raises DatasetError if it has none."""
-    text, own = healing_params(params), params.heal_dataset is not None
-    # Beside the calibration's other sources, self is left out; named for the training, it is a mistake.
-    writes = [source.name == SELF for source in list_sources(text)]
-    if any(writes) if own else all(writes):
-        raise DatasetError("dataset: self writes no text for a training; name a text.")
-    return dataset_fingerprints(text) if own else {}
 
 
 def _log_needs(params: Params, model: Model) -> None:

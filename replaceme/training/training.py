@@ -30,11 +30,12 @@ from replaceme.base.files import read_remembered, round_floats
 from replaceme.base.group import all_gather, all_reduce_sum, merge_rows, shard
 from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank
-from replaceme.base.scratch import scratch
+from replaceme.base.scratch import require_space, scratch
 from replaceme.models.context import ModelContext
 from replaceme.statistics.walk import RecordStates, Signals, sum_tensors, walk
 from replaceme.training.checkpoints import (
     STATE,
+    TENSORS,
     CheckpointTimer,
     checkpoint_key,
     describe_environment,
@@ -53,6 +54,8 @@ WEIGHT_DECAY, BETAS, CLIP, WARM_UP, FLOOR = 1e-3, (0.9, 0.999), 5.0, 0.01, 0.25
 SEED = 0
 # Folders of checkpoints: the last one, and that after the steps that a longer training has too.
 LAST, SHARED = "checkpoint", "shared"
+# Of a checkpoint, for each trained weight: itself and both moments.
+CHECKPOINT_BYTES = 12
 # About one document in so many is held out, by whole texts; their loss is evaluated about this often in a training.
 HELD_OUT_EVERY, EVALUATIONS = 20, 8
 
@@ -241,6 +244,7 @@ class TrainingRun:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_curves(folder, self.curves)
+            self._require_space()
         self.timer = CheckpointTimer()
 
     def take_step(self, step: int) -> None:
@@ -298,6 +302,13 @@ class TrainingRun:
                 tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
             state = {"step": self.step, "curves": self.curves}
             save_checkpoint(self.folder / checkpoint, self._key_after(self.step), state, tensors)
+
+    def _require_space(self) -> None:
+        """Raise ResourceError if the disk has no room for the last checkpoint, its successor and the shared one."""
+        count = 3 if self.plan.shared else 2
+        written = sum(path.stat().st_size for path in self.folder.rglob(TENSORS))
+        needed = CHECKPOINT_BYTES * sum(parameter.numel() for parameter in self.parameters.values()) * count
+        require_space(self.folder, needed - written, "the checkpoints of the training need another {}")
 
     def _key_after(self, steps: int) -> str:
         """Return the key of a checkpoint after so many steps: it says what these were."""
@@ -358,6 +369,8 @@ def summarize_training(curves: Curves, parameters: Mapping[str, Tensor]) -> dict
     if held_out:
         figures |= {"held_out_loss_first": held_out[0], "held_out_loss_last": held_out[-1]}
         said += f", on held-out documents {held_out[0]:.4g} to {held_out[-1]:.4g}"
+        if held_out[-1] >= held_out[0]:
+            logger.warning("training: the loss on held-out documents did not fall; a lower learning rate or more text may help")
     logger.info("training: %d steps, %s", len(losses), said)
     return figures
 

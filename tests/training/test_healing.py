@@ -4,6 +4,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from errno import ENOSPC
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.nn.functional import log_softmax
 
 from replaceme.base.documents import TEXT, Documents
 from replaceme.base.entries import Source
-from replaceme.base.errors import DatasetError
+from replaceme.base.errors import DatasetError, ResourceError
 from replaceme.base.files import read_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, read_params
@@ -33,6 +34,7 @@ from replaceme.pipeline.calibrate import calibrate
 from replaceme.pipeline.check import check
 from replaceme.pipeline.cost import compression_figures
 from replaceme.pipeline.export import export
+from replaceme.pipeline.generate import generate
 from replaceme.pipeline.heal import draw_text, heal
 from replaceme.pipeline.inputs import inspect_inputs
 from replaceme.pipeline.plan import plan
@@ -255,7 +257,7 @@ def test_a_healed_model_that_is_streamed_is_saved_to_the_same_bits(save_tiny: Ca
 
 
 def run(params: Params, work: Workspace, to_export: bool = True) -> None:
-    stages = (inspect_inputs, calibrate, profile, select, plan, observe_activations, solve, repair, heal, check)
+    stages = (inspect_inputs, generate, calibrate, profile, select, plan, observe_activations, solve, repair, heal, check)
     for stage in (*stages, export) if to_export else stages:
         stage(params, work)
 
@@ -305,15 +307,14 @@ def test_without_other_text_the_calibrations_is_read_again_and_the_log_says_so(
     params, work = healing.model_copy(update={"dataset_size": 10_000}), Workspace(tmp_path / "run")
     with caplog.at_level("WARNING", "replaceme"):
         run(params, work, to_export=False)
-    assert "the calibration took all of the text; the training takes it again" in caplog.text
+    assert "text.txt; the training takes it again" in caplog.text
     assert read_json(work.metric("heal"))["training_tokens"] >= 600
 
 
 def test_a_text_that_a_training_can_not_have_is_refused_by_name(healing: Params, tmp_path: Path) -> None:
-    for dataset in ((Source("wikipedia-sample"), Source("self")), "nothing.txt"):
-        params = healing.model_copy(update={"heal_dataset": dataset})
-        with pytest.raises(DatasetError, match="heal_dataset: "):
-            inspect_inputs(params, Workspace(tmp_path / "run"))
+    params = healing.model_copy(update={"heal_dataset": "nothing.txt"})
+    with pytest.raises(DatasetError, match="heal_dataset: "):
+        inspect_inputs(params, Workspace(tmp_path / "run"))
 
 
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
@@ -409,3 +410,31 @@ def test_a_plan_without_steps_that_are_shared_keeps_no_checkpoint(tmp_path: Path
     task = task_of(made_model(), Edits("", [*BLOCK.layers]))
     train(task, task.trainable_parameters(), StepPlan([[0]], [1e-3], [], "heal_learning_rate"), tmp_path, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held_out_loss.tsv", "loss.tsv"]
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_named_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of(made_model(), Edits("", [*BLOCK.layers]))
+    parameters, plan = task.trainable_parameters(), plan_steps(task.documents, [1.0], 60, 20, 1e-3)
+    # Weights and both moments; the last checkpoint, the one that replaces it, and the shared one.
+    needed = 3 * 12 * sum(parameter.numel() for parameter in parameters.values())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(ResourceError, match="the checkpoints of the training need another"):
+        train(task, parameters, plan, tmp_path, "")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed))
+    train(task, parameters, plan, tmp_path, "")
+
+
+def test_a_training_on_the_models_own_text_takes_its_share_of_it(healing: Params, tmp_path: Path) -> None:
+    sources = (Source("wikipedia-sample", 3.0), Source("self", 1.0))
+    params, work = healing.model_copy(update={"heal_dataset": sources, "dataset": sources}), Workspace(tmp_path / "run")
+    run(params, work, to_export=False)
+    text = Documents.load(work.edits / TEXT)
+    tokens = text.tokens_by_domain
+    assert tokens[1] / text.token_count == pytest.approx(0.25, abs=0.05)
+    calibrated = {tuple(document.tolist()) for document in Documents.load(work.documents).documents}
+    own = [tuple(document.tolist()) for document, domain in zip(text.documents, text.domains, strict=True) if domain == 1]
+    assert not calibrated & {*own}
+    more = draw_text(params.model_copy(update={"heal_tokens": 1200}), work)
+    assert [document.tolist() for document in more.documents[: len(text)]] == [each.tolist() for each in text.documents]
