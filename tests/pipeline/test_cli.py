@@ -85,7 +85,9 @@ def test_all_options_are_those_that_the_command_uses(name: str, capsys: pytest.C
     said = quote(capsys, name, "--help-all")
     aliases = {"model_path": "model", "layers_to_skip": "layers"}
     for key in FIELDS:
-        assert (f"  --{aliases.get(key, key)} " in said) == (key in COMMANDS[name].keys), key
+        # With other names of the option, Python 3.13 writes its value after the last.
+        option = re.search(rf"  --{aliases.get(key, key)}[ ,]", said)
+        assert (option is not None) == (key in COMMANDS[name].keys), key
 
 
 def test_the_options_are_those_that_the_stages_use() -> None:
