@@ -92,7 +92,7 @@ class Params(BaseModel):
     max_length: int = Field(1024, ge=2)
     """Largest number of tokens of a document."""
     pack: bool = False
-    """Join short rows until a document is full."""
+    """Join short rows until a document is full; a running text (a .txt) always fills them."""
     seed: int = Field(42, ge=0, le=2**32 - 1)
     """Seed of the shuffle that picks the documents."""
 

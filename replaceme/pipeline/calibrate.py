@@ -7,7 +7,6 @@ from replaceme.base.entries import dataset_title
 from replaceme.base.files import new_folder, read_json, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.calibration.corpus import Corpus
 from replaceme.calibration.draw import Counts, draw_documents
 from replaceme.calibration.find import find_datasets
 from replaceme.calibration.sources import list_sources
@@ -21,8 +20,6 @@ def calibrate(params: Params, work: Workspace) -> None:
     tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
     sources, datasets = list_sources(params), find_datasets(params, read_json(work.dataset_input))
     corpora = [source.open(params.seed) if source else Documents.load(work.own_text) for source in datasets]
-    if params.pack and any(isinstance(corpus, Corpus) and corpus.running for corpus in corpora):
-        logger.info("pack: has no effect on a running text, whose documents are full already")
     documents, counts = draw_documents(corpora, tokenizer, params)
     total = Counts(*map(sum, zip(*map(astuple, counts), strict=True)))
     with new_folder(work.documents) as folder:
