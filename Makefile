@@ -1,10 +1,11 @@
 # make: the environment, then the pipeline on the embedded model.   make test: all tests.   make lint: ruff and mypy.
 # make test-device: what a GPU computes, on two pretended ones; needs a C++ compiler.
+# make test-transformers4: exported models, read by transformers 4.57.
 # make docs: the site, in site/.   make package: the wheel, installed elsewhere.
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: all environment test test-device lint docs package benchmarks clean
+.PHONY: all environment test test-device test-transformers4 lint docs package benchmarks clean
 
 all: environment
 	dvc repro
@@ -30,7 +31,7 @@ environment: .venv/.run
 
 # One process for each core; the tests of a file stay together, and share what they make. A hundred short processes load the
 # library: they keep its bytecode, also where the environment says not to. A thread that waits for another one sleeps.
-test test-device: export PYTHONDONTWRITEBYTECODE =
+test test-device test-transformers4: export PYTHONDONTWRITEBYTECODE =
 test test-device: export OMP_WAIT_POLICY = passive
 
 test: .venv/.dev
@@ -39,6 +40,13 @@ test: .venv/.dev
 # A run of its own: with the pretended GPUs, no test would compute on the processor unless it says so.
 test-device: .venv/.dev
 	pytest tests/device -n logical --dist loadgroup
+
+.venv/.transformers4: .venv/.dev
+	python -m pip install --quiet --disable-pip-version-check --no-compile --no-warn-conflicts --target .venv/transformers4 'transformers==4.57.*'
+	@touch $@
+
+test-transformers4: .venv/.transformers4
+	pytest tests/transformers4
 
 lint: .venv/.dev
 	ruff check .

@@ -92,7 +92,7 @@ class Params(BaseModel):
     max_length: int = Field(1024, ge=2)
     """Largest number of tokens of a document."""
     pack: bool = False
-    """Join short rows until a document is full; a running text (a .txt) always fills them."""
+    """Join short rows until a document is full; the documents of a running text (a .txt) are always full."""
     seed: int = Field(42, ge=0, le=2**32 - 1)
     """Seed of the shuffle that picks the documents."""
 
@@ -177,7 +177,7 @@ class Params(BaseModel):
     """Tokens of text on which the shortened model is trained toward the original model's predictions (healing), as 250000, 250k
     or 1M; 0 trains nothing."""
     heal_dataset: Dataset | None = None
-    """Text of the healing, as dataset, self included; null takes the calibration's, other documents of it."""
+    """Text of the healing, as dataset, self included; null takes other documents of the calibration's, without self."""
     heal_weights: Literal["all", "after_cut", "outputs", "lora"] = "all"
     """What healing trains: all weights of the kept layers and the last norm; those of the layers from the cut on; only the last
     linears of their attention and MLP; or changes of low rank of all linears of the kept layers, which are folded in at the end

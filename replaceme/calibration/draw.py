@@ -93,7 +93,7 @@ def draw_documents(
 
 
 def draw_after(
-    corpora: Mapping[int, Corpus | Iterator[Tensor]],
+    corpora: Mapping[int, Corpus | Iterable[Tensor]],
     taken: Mapping[int, int],
     tokenizer: PreTrainedTokenizerBase,
     params: Params,
@@ -101,10 +101,10 @@ def draw_after(
 ) -> Documents:
     """Return documents that reach so many tokens, or all that there are, in the order that ``draw_documents`` goes on in.
 
-    Of more tokens, the first documents are the same.
+    Of more tokens, the first documents of each source are the same.
 
     Args:
-        corpora: by the number of their source; or documents that are drawn as they are.
+        corpora: by the number of their source: rows to encode, or documents as they are.
         taken: number of a source → how many of its first documents are left out.
         tokenizer: the model's.
         params: the sources with their shares, ``max_length``, ``pack`` and ``seed``.

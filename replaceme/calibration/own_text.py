@@ -33,7 +33,7 @@ MAX_TOKENS = 512
 # Documents that are written at once, at most: a step reads all weights, however many they are. And the bytes that their keys
 # and values may take.
 MAX_ROWS, CACHE_BYTES = 128, 2 << 30
-# Documents that are written at once where it is not known how many will be read.
+# Documents that are written at once for a training, whose text must begin as that of a shorter one.
 BATCH_ROWS = 32
 
 
@@ -85,7 +85,8 @@ def write_texts(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, leng
         for first in range(0, count, rows):
             documents += _write_batch(model, starts[first : first + rows], length, turns, steps)
         next(steps, None)
-    return documents
+    # Copies, of their own size and usable outside of inference: rows of one tensor would be stored with all of it.
+    return [document.clone() for document in documents]
 
 
 def write_endlessly(model: Any, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> Iterator[Tensor]:

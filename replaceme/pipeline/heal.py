@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.errors import DatasetError
-from replaceme.base.files import copy_tree, new_folder, read_json, remove, round_floats, write_json
+from replaceme.base.errors import DatasetError, renaming
+from replaceme.base.files import copy_tree, new_folder, read_json, read_remembered, remove, round_floats, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
     from replaceme.base.documents import Documents
     from replaceme.edits.edits import Edits
     from replaceme.training.training import Curves
+
+# Folder of the text that the model writes, beside the checkpoints.
+OWN_TEXT = "own_text"
 
 
 def heal(params: Params, work: Workspace) -> None:
@@ -51,7 +53,8 @@ def heal(params: Params, work: Workspace) -> None:
         (folder / TEXT).mkdir()
         documents.save(folder / TEXT)
     write_json(work.metric("heal"), round_floats(figures))
-    remove(work.heal_checkpoints / LAST)
+    for name in (LAST, OWN_TEXT):
+        remove(work.heal_checkpoints / name)
 
 
 def draw_text(params: Params, work: Workspace) -> Documents:
@@ -62,31 +65,27 @@ def draw_text(params: Params, work: Workspace) -> Documents:
     from replaceme.models.find import recorded_model
     from replaceme.training.distillation import HELD_OUT_TOKENS
 
-    text = healing_params(params)
-    record = work.dataset_input if params.heal_dataset is None else work.heal_dataset_input
-    datasets = [*enumerate(find_datasets(text, read_json(record)))]
+    text, record = healing_params(params), work.dataset_input if params.heal_dataset is None else work.heal_dataset_input
+    found, sources = find_datasets(text, read_json(record)), list_sources(text)
     drawn = zip(list_sources(params), read_json(work.documents / "documents.json")["sources"], strict=True)
     counts = {replace(source, share=1.0): count["documents"] for source, count in drawn}
-    sources = list_sources(text)
-    taken = {number: counts.get(replace(sources[number], share=1.0), 0) for number, dataset in datasets if dataset}
+    datasets = {number: dataset for number, dataset in enumerate(found) if dataset}
+    taken = {number: counts.get(replace(sources[number], share=1.0), 0) for number in datasets}
+    # The model writes text only where it is named for the training.
+    writing = [number for number, dataset in enumerate(found) if not dataset and params.heal_dataset is not None]
+    whole = sum(sources[number].share for number in (*datasets, *writing))
+    tokens = params.heal_tokens + HELD_OUT_TOKENS + params.max_length
+    own_text = {number: _write_own_text(params, work, tokens * sources[number].share / whole) for number in writing}
     tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
-    tokens, whole = params.heal_tokens + HELD_OUT_TOKENS + params.max_length, sum(source.share for source in sources)
-
-    def draw() -> Documents:
-        corpora = {
-            number: dataset.open(params.seed)
-            if dataset
-            else _write_own_text(params, work, tokens * sources[number].share / whole)
-            for number, dataset in datasets
-        }
-        return draw_after(corpora, taken, tokenizer, text, tokens)
-
-    documents = draw()
-    if used_up := [number for number in taken if number not in documents.tokens_by_domain]:
+    while True:
+        corpora = {number: dataset.open(params.seed) for number, dataset in datasets.items()}
+        documents = draw_after({**corpora, **own_text}, taken, tokenizer, text, tokens)
+        used_up = [number for number in datasets if taken[number] and number not in documents.tokens_by_domain]
+        if not used_up:
+            break
         names = ", ".join(sources[number].name for number in used_up)
         logger.warning("heal_dataset: the calibration took all of the text of %s; the training takes it again", names)
-        taken |= dict.fromkeys(used_up, 0)
-        documents = draw()
+        taken.update(dict.fromkeys(used_up, 0))
     if not len(documents):
         raise DatasetError("heal_dataset: no text is left after tokenization; name a text with words.")
     for number, count in documents.tokens_by_domain.items():
@@ -97,21 +96,39 @@ def draw_text(params: Params, work: Workspace) -> Documents:
     return documents
 
 
-def _write_own_text(params: Params, work: Workspace, tokens: float) -> Iterator[Tensor]:
-    """Yield documents that the dense model writes, until they have so many tokens; of more, the first ones are the same."""
+def _write_own_text(params: Params, work: Workspace, tokens: float) -> list[Tensor]:
+    """Return documents that the dense model writes, so many tokens of them; of more, the first ones are the same.
+
+    They are kept beside the checkpoints until the training has ended, so that one that resumes doesn't write them again.
+    """
+    from replaceme.base.documents import Documents
     from replaceme.calibration.own_text import MAX_TOKENS, write_endlessly
-    from replaceme.models.devices import use_processor
+    from replaceme.models.devices import resolve_device, use_processor
     from replaceme.models.find import recorded_model
     from replaceme.models.kv_cache import eager_attention_where_faster
     from replaceme.models.memory import HEALING_OBSTACLE, load_within_budget
+    from replaceme.training.checkpoints import checkpoint_key, describe_environment
 
+    length = min(params.max_length, MAX_TOKENS)
+    count, folder = ceil(tokens / length), work.heal_checkpoints / OWN_TEXT
+    settings = {
+        **describe_environment(resolve_device(params.device)),
+        "model": [read_json(work.model_input), read_json(work.tokenizer_input)],
+        "text": [count, length, params.seed, params.dtype, params.threads],
+    }
+    key = checkpoint_key(settings, ())
+    if read_remembered(folder / "key.json").get("key") == key:
+        return Documents.load(folder).documents
     use_processor(params.threads)
-    source, length = recorded_model(params, work.model_input), min(params.max_length, MAX_TOKENS)
-    tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
+    source, tokenizer = recorded_model(params, work.model_input), recorded_model(params, work.tokenizer_input).tokenizer()
     model = load_within_budget(source, params, params.dtype, packed=params.use_4bit, obstacle=HEALING_OBSTACLE)
-    with eager_attention_where_faster(model, source.family()):
-        # Another seed than those of the calibration's own text and of the comparison's.
-        yield from islice(write_endlessly(model, tokenizer, length, params.seed + 2), ceil(tokens / length))
+    with eager_attention_where_faster(model, source.family()), renaming({"dataset": "heal_dataset"}):
+        # Another seed than those of the calibration's own text and of the comparison with plain removal.
+        documents = [*islice(write_endlessly(model, tokenizer, length, params.seed + 2), count)]
+    with new_folder(folder) as new:
+        Documents(documents).save(new)
+        write_json(new / "key.json", {"key": key})
+    return documents
 
 
 def _train(params: Params, work: Workspace, documents: Documents) -> tuple[Edits, dict[str, Any], Curves]:

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from replaceme.base.entries import dataset_title
-from replaceme.base.errors import ParameterError, ReplaceMeError, renaming
+from replaceme.base.entries import SELF, dataset_title
+from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError, renaming
 from replaceme.base.files import new_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.calibration.find import dataset_fingerprints
-from replaceme.calibration.own_text import count_own_documents
-from replaceme.calibration.sources import healing_params
+from replaceme.calibration.own_text import choose_start, count_own_documents
+from replaceme.calibration.sources import healing_params, list_sources
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
@@ -73,9 +73,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
     content[work.heal_dataset_input.name] = {}
     if params.heal_tokens:
         with _collecting(problems), renaming({"dataset": "heal_dataset"}):
-            # The calibration's text is checked already.
-            own = dataset_fingerprints(healing_params(params)) if params.heal_dataset is not None else {}
-            content[work.heal_dataset_input.name] = own
+            content[work.heal_dataset_input.name] = _check_healing_text(params)
     with _collecting(problems):
         content[work.tasks_input.name] = task_fingerprints(params)
     if problems:
@@ -109,6 +107,21 @@ def _check_model(params: Params, model: Model) -> Params:
         )  # fmt: skip
     check_weights(model)
     return params
+
+
+def _check_healing_text(params: Params) -> dict[str, Any]:
+    """Return what identifies the text of the healing, if it is not the calibration's. Raises DatasetError if it has none."""
+    text = healing_params(params)
+    if params.heal_dataset is None:
+        if all(source.name == SELF for source in list_sources(text)):
+            raise DatasetError(
+                "heal_dataset: the calibration has no text but its own; name one, or self, which is written then."
+            )
+        return {}
+    if any(source.name == SELF for source in list_sources(text)):
+        # A tokenizer without a token that a text could start with is refused.
+        choose_start(find_model(params).tokenizer())
+    return dataset_fingerprints(text)
 
 
 def _log_needs(params: Params, model: Model) -> None:

@@ -305,10 +305,12 @@ class TrainingRun:
 
     def _require_space(self) -> None:
         """Raise ResourceError if the disk has no room for the last checkpoint, its successor and the shared one."""
-        count = 3 if self.plan.shared else 2
-        written = sum(path.stat().st_size for path in self.folder.rglob(TENSORS))
-        needed = CHECKPOINT_BYTES * sum(parameter.numel() for parameter in self.parameters.values()) * count
-        require_space(self.folder, needed - written, "the checkpoints of the training need another {}")
+        size = CHECKPOINT_BYTES * sum(parameter.numel() for parameter in self.parameters.values())
+        files = [self.folder / name / TENSORS for name in (LAST, SHARED)]
+        # What this training will replace.
+        written = sum(min(path.stat().st_size, size) for path in files if path.is_file())
+        needed = size * (3 if self.plan.shared else 2) - written
+        require_space(self.folder, needed, "the checkpoints of the training need another {}")
 
     def _key_after(self, steps: int) -> str:
         """Return the key of a checkpoint after so many steps: it says what these were."""

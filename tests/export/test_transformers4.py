@@ -1,6 +1,6 @@
 """The exported config.json says in the keys of transformers 4 what it says in those of transformers 5, or the card asks for 5.
 
-``frequencies_of_4`` reads it as transformers 4.57 does. All families were read by 4.57.6 itself too: docs/lab-notes.md.
+``frequencies_of_4`` reads it as transformers 4.57 does. It reads all families itself in ``make test-transformers4``.
 """
 
 import json

@@ -8,14 +8,18 @@ import pytest
 from replaceme.base.files import read_json
 from replaceme.evaluation.tables import format_score_comparison
 from replaceme.export.card import describe_check
+from tests.golden.cases import machine
+from tests.golden.test_golden import known
 from tests.pipeline.closure import ROOT
 
 RECORDS = ROOT / "docs" / "records"
-QUALITY = pd.read_csv(RECORDS / "quality.csv").set_index(["layers", "start", "heal_tokens"])
+KEYS = ["model", "layers", "start", "heal_tokens"]
+QUALITY = pd.read_csv(RECORDS / "quality.csv").set_index(KEYS)
+DEMO, LARGER = (QUALITY.loc[name] for name in ("smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct"))
 SERVING = pd.read_csv(RECORDS / "serving.csv", dtype={"version": str})
 NOTHING, REPAIR = "nothing in their place", "repair, 64k tokens"
 # The demo without 4 layers: plain removal, the default, healed.
-FOUR = [QUALITY.loc["4 of 30", NOTHING, 0]] + [QUALITY.loc["4 of 30", REPAIR, count] for count in (0, 131_000, 250_000)]
+FOUR = [DEMO.loc["4 of 30", NOTHING, 0]] + [DEMO.loc["4 of 30", REPAIR, count] for count in (0, 131_000, 250_000)]
 
 
 def read_words(page: str) -> str:
@@ -24,14 +28,18 @@ def read_words(page: str) -> str:
 
 
 def test_the_readmes_headline_is_the_records() -> None:
+    assert QUALITY.index.is_unique
     plain, default, _, healed = FOUR
-    eight_plain, eight = QUALITY.loc["8 of 30", NOTHING, 0], QUALITY.loc["8 of 30", REPAIR, 0]
-    larger_plain, larger = QUALITY.loc["7 of 28", NOTHING, 0], QUALITY.loc["7 of 28", "repair, 20k tokens", 0]
+    eight_plain, eight = (
+        DEMO.loc["8 of 30", NOTHING, 0],
+        DEMO.loc["8 of 30", "repair, 64k tokens, a quarter of them its own", 0],
+    )
+    larger_plain, larger = LARGER.loc["7 of 28", NOTHING, 0], LARGER.loc["7 of 28", "repair, 20k tokens", 0]
     sentences = [
         f"| × {plain.unseen_ratio:.2f} | **× {default.unseen_ratio:.2f}** | **× {healed.unseen_ratio:.2f}** |",
         f"| {plain.retrieval_exact:.0%} | {default.retrieval_exact:.0%} | {healed.retrieval_exact:.0%} |".replace("%", " %"),
         f"without them, × {eight_plain.unseen_ratio:.2f} with nothing in their place and × {eight.unseen_ratio:.2f} by the "
-        "default",
+        "default with text of the model's own",
         f"without 7 of 28 layers has × {larger_plain.unseen_ratio:.2f} with nothing in their place",
         f"little on prose (× {larger.unseen_ratio:.2f}), and on code × {larger.python_code:.2f} instead of "
         f"× {larger_plain.python_code:.2f}",
@@ -43,12 +51,13 @@ def test_the_readmes_headline_is_the_records() -> None:
     assert f"[{counts[SERVING.runtime.nunique()]} runtimes]" in words
 
 
-@pytest.mark.parametrize("name", ["evaluation", "check"])
-def test_the_readmes_table_is_the_committed_run(name: str) -> None:
-    figures = read_json(ROOT / "metrics" / f"{name}.json")
-    printed = format_score_comparison(figures) if name == "evaluation" else describe_check(figures)
+def test_the_readmes_table_is_what_the_committed_run_prints() -> None:
+    if machine() not in known():
+        pytest.skip("metrics/ may have a run of this machine, whose last digits may be others")
+    evaluation, checked = (read_json(ROOT / "metrics" / f"{name}.json") for name in ("evaluation", "check"))
+    printed = [*format_score_comparison(evaluation).splitlines(), describe_check(checked)]
     words = read_words("README.md")
-    assert [line for line in printed.splitlines() if " ".join(line.split()) not in words] == []
+    assert [line for line in printed if " ".join(line.split()) not in words] == []
 
 
 def test_the_guide_on_healing_shows_the_records() -> None:

@@ -21,6 +21,7 @@ from replaceme.base.files import read_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.plan import Block, Plan
+from replaceme.calibration import own_text
 from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
@@ -312,9 +313,9 @@ def test_without_other_text_the_calibrations_is_read_again_and_the_log_says_so(
 
 
 def test_a_text_that_a_training_can_not_have_is_refused_by_name(healing: Params, tmp_path: Path) -> None:
-    params = healing.model_copy(update={"heal_dataset": "nothing.txt"})
-    with pytest.raises(DatasetError, match="heal_dataset: "):
-        inspect_inputs(params, Workspace(tmp_path / "run"))
+    for update in ({"heal_dataset": "nothing.txt"}, {"dataset": "self"}):
+        with pytest.raises(DatasetError, match="heal_dataset: "):
+            inspect_inputs(healing.model_copy(update=update), Workspace(tmp_path / "run"))
 
 
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
@@ -426,15 +427,36 @@ def test_a_disk_without_room_for_the_checkpoints_is_named_before_the_first_step(
     train(task, parameters, plan, tmp_path, "")
 
 
-def test_a_training_on_the_models_own_text_takes_its_share_of_it(healing: Params, tmp_path: Path) -> None:
+def test_a_training_on_the_models_own_text_takes_its_share_of_it(
+    healing: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_text, "BATCH_ROWS", 2)
     sources = (Source("wikipedia-sample", 3.0), Source("self", 1.0))
     params, work = healing.model_copy(update={"heal_dataset": sources, "dataset": sources}), Workspace(tmp_path / "run")
     run(params, work, to_export=False)
     text = Documents.load(work.edits / TEXT)
-    tokens = text.tokens_by_domain
-    assert tokens[1] / text.token_count == pytest.approx(0.25, abs=0.05)
-    calibrated = {tuple(document.tolist()) for document in Documents.load(work.documents).documents}
+    assert text.tokens_by_domain[1] / text.token_count == pytest.approx(0.25, abs=0.05)
     own = [tuple(document.tolist()) for document, domain in zip(text.documents, text.domains, strict=True) if domain == 1]
-    assert not calibrated & {*own}
+    # More than one batch, and no two texts alike.
+    assert len({*own}) == len(own) > 2
     more = draw_text(params.model_copy(update={"heal_tokens": 1200}), work)
-    assert [document.tolist() for document in more.documents[: len(text)]] == [each.tolist() for each in text.documents]
+    longer = [tuple(document.tolist()) for document, domain in zip(more.documents, more.domains, strict=True) if domain == 1]
+    assert longer[: len(own)] == own
+    # Where it isn't named for the training, the model writes nothing.
+    left_out = draw_text(params.model_copy(update={"heal_dataset": None}), work)
+    assert {*left_out.domains} == {0}
+
+
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
+def test_a_training_that_resumes_does_not_write_its_text_again(
+    healing: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = healing.model_copy(update={"heal_dataset": (Source("self"),)})
+    whole, stopped = Workspace(tmp_path / "whole"), Workspace(tmp_path / "stopped")
+    run(params, whole, to_export=False)
+    with counted(stop_at(2)), pytest.raises(InterruptedRunError):
+        run(params, stopped, to_export=False)
+    monkeypatch.setattr(own_text, "write_texts", None)
+    heal(params, stopped)
+    check(params, stopped)
+    assert sha256_below(stopped.edits) == sha256_below(whole.edits)
