@@ -1,4 +1,4 @@
-"""What the goldens cover: tiny models of every family, the settings that the README names, all methods.
+"""What the goldens cover: tiny models of every family, the settings that the README and docs/families.md name, all methods.
 
 A case is pruned by ``replaceme.prune``; its digest is that of the edits' tensors and of the saved weights. ``LONG`` are all
 settings on a Llama, and all methods on all families, which takes a quarter of an hour.
@@ -26,8 +26,8 @@ SMALL: Mapping[str, Any] = {
 HEALED: Mapping[str, Any] = {"heal_tokens": 600, "heal_tokens_per_step": 200}
 
 
-def readme_settings(kind: str) -> dict[str, dict[str, Any]]:
-    """Return the settings that the README's table gives a family, by name."""
+def family_settings(kind: str) -> dict[str, dict[str, Any]]:
+    """Return the settings that docs/families.md gives a family, by name."""
     if kind in NORM_AFTER_MLP:
         return {"norm after the MLP": {"transform": "orthogonal", "repair": False, **HEALED}}
     if kind in EXPERTS:
@@ -72,7 +72,7 @@ _LLAMA: Mapping[str, dict[str, Any]] = {
     "ghosted weighted": {"method": "ghosted", "ghosted_weighted": True},
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    f"{kind}: {name}": (kind, settings) for kind in (*KINDS, *UNDESCRIBED) for name, settings in readme_settings(kind).items()
+    f"{kind}: {name}": (kind, settings) for kind in (*KINDS, *UNDESCRIBED) for name, settings in family_settings(kind).items()
 } | {f"llama: method {name}": ("llama", {"method": name, **(PARTS if name == "llm_pruner" else {})}) for name in METHODS}
 LONG: dict[str, tuple[str, dict[str, Any]]] = {f"llama: {name}": ("llama", settings) for name, settings in _LLAMA.items()} | {
     f"{kind}: method {name}": (kind, {"method": name, **(PARTS if name == "llm_pruner" else {})})

@@ -20,7 +20,7 @@ from replaceme.pipeline import evaluate, profile
 from replaceme.pipeline.runner import STAGES
 from replaceme.running.stage import ORDER
 from tests.conftest import made_tokenizer
-from tests.golden.cases import HEALED, readme_settings
+from tests.golden.cases import HEALED, family_settings
 from tests.helpers import FAST, call
 from tests.pipeline.closure import ROOT
 from tests.pipeline.conftest import Finished
@@ -174,20 +174,20 @@ def test_a_published_config_gives_what_the_published_script_gives(
 
 
 @pytest.mark.parametrize(
-    ("you_have", "kind"),
+    ("described_as", "kind"),
     [
         ("a norm after the MLP", "gemma2"),
         ("a mixture of experts", "mixtral"),
         ("Falcon", "falcon"),
-        ("a family that isn't described", "stablelm"),
+        ("not described", "stablelm"),
     ],
 )
-def test_the_readmes_setting_for_a_family_is_that_of_the_goldens(you_have: str, kind: str) -> None:
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    (row,) = [line for line in lines if line.startswith(f"| {you_have}")]
+def test_the_setting_for_a_family_is_that_of_the_goldens(described_as: str, kind: str) -> None:
+    lines = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").splitlines()
+    (row,) = [line for line in lines if line.startswith(f"| {described_as}") and "`--" in line]
     words = re.findall(r"`--([^`]*)`", row)[0].replace(" --", " ").split()
     setting = {key: parse_option(key, value) for key, value in zip(words[::2], words[1::2], strict=True)}
-    (golden,) = readme_settings(kind).values()
+    (golden,) = family_settings(kind).values()
     # A training on fewer tokens is the same.
     assert (setting | HEALED if "heal_tokens" in setting else setting) == golden
 
