@@ -265,7 +265,7 @@ def evaluate_model() -> NoReturn:
 
 def get_distance_analysis() -> NoReturn:
     """Profile a model."""
-    words = "Measure the angular distance between all pairs of layers, and list the best block of each size."
+    words = "Measure the angular distance between all pairs of layers, and what each number of layers costs."
     _run_script("profile", words, DISTANCES_PATH)
 
 

@@ -20,7 +20,7 @@ from replaceme.evaluation.scores import score_model
 from replaceme.evaluation.tables import format_score_comparison, format_scores
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.export.card import SETTINGS
-from replaceme.methods.registry import METHODS, criterion_of
+from replaceme.methods.registry import METHODS
 from replaceme.models.checks import check_weights
 from replaceme.models.find import find_model, identity, recorded_model
 from replaceme.models.formats import resolve_formats
@@ -49,8 +49,6 @@ from replaceme.running.entry import PARAMS_FILE
 from replaceme.running.processes import run_in_processes
 from replaceme.running.stage import ANALYSIS, COMPRESSION, FIT, ORDER, Stage, pipeline_params
 from replaceme.running.workspace import Workspace
-from replaceme.selection.blocks import smallest_blocks
-from replaceme.selection.criteria import allowed_starts
 
 
 def run_distributed(action: Callable[..., object], params: Params, **options: Any) -> None:
@@ -228,7 +226,7 @@ def _read_times(work: Workspace) -> Mapping[str, Any] | None:
 
 
 def profile(params: Params, overwrite: bool = False) -> None:
-    """Measure all pairs of layers; print the best block and the cost of each size; ``overwrite`` as of ``prune``."""
+    """Measure all pairs of layers, and print the cost of each size; ``overwrite`` as of ``prune``."""
     # Nothing is pruned here, so no transform has to fold.
     bare = {"method": "uidl", "transform": "dense", "repair": False, "heal_tokens": 0}
     single = params.model_copy(update={"layers_to_skip": 1, "num_A": 1, **bare})
@@ -238,17 +236,5 @@ def profile(params: Params, overwrite: bool = False) -> None:
         publish_folder(work, work.profile)
         for name in ("sizes.csv", "sizes.png"):
             publish_file(work, work.artifact("sizes") / name, name)
-        content = read_json(work.profile / "profile.json")
-    criteria = {"angular distance": content["angular_distance"], "residual": content["residual"]}
-    rows = [("layers to skip", *(head for name in criteria for head in ("host", "removed", name)))]
-    for skip in range(1, len(allowed_starts(single, layers := len(content["residual"]), criterion_of(single))) + 1):
-        starts = allowed_starts(single.model_copy(update={"layers_to_skip": skip}), layers, criterion_of(single))
-        row = [str(skip)]
-        for values in criteria.values():
-            (block,) = smallest_blocks(values, starts, skip)
-            removed = f"{block.start}–{block.end - 1}" if skip > 1 else str(block.start)
-            row += [str(block.layer_before_cut), removed, f"{values[block.layer_before_cut][block.end - 1]:.4f}"]
-        rows.append(tuple(row))
-    print(align(rows))
     print_sizes(work)
     logger.info("all pairs are in %s, the sizes in sizes.csv and sizes.png beside it", work.model / "distances.csv")

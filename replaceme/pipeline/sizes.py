@@ -120,7 +120,7 @@ def print_sizes(work: Workspace) -> None:
         mark = f"start here: {size.layers}" * (size == start)
         weights = f"{size.gigabytes:.3g}", f"{100 * size.share:.1f} %"
         rows.append((str(size.layers), removed, *weights, f"{size.rise:+.3f}", f"× {size.ratio:.2f}", speedup, mark))
-    print(f"\n{align(rows)}")
+    print(align(rows))
     logger.info(
         "loss (nats a token) and perplexity: on this text, with nothing in the layers' place; GB: of the weights in bfloat16; "
         "decoding: as expected from the weights that a token reads"

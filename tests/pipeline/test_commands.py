@@ -204,13 +204,13 @@ def test_4_bit_calibration_folds_into_the_original_weights(
     assert torch.equal(pruned[name], (transform.T @ dense[name].double()).float())
 
 
-def test_get_distance_analysis_lists_the_best_block_of_each_size(
+def test_get_distance_analysis_measures_all_pairs_and_each_size(
     tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call(commands.get_distance_analysis, "--model", tiny.folder, "--dataset", text_file, *FAST)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:3] == ["layers", "to", "skip"]
-    assert [line.split()[0] for line in lines[1 : lines.index("")]] == ["1", "2", "3", "4", "5"]
+    assert lines[0].split()[:3] == ["layers", "less", "removed"]
+    assert [line.split()[0] for line in lines[1:]] == ["0", "1", "2", "3"]
     pairs = Path(f"{tiny.folder.name}-distances", "distances.csv").read_text(encoding="utf-8").splitlines()
     assert len(pairs) == 1 + 6 * 5 // 2
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable
@@ -134,7 +135,7 @@ def experiment(project: Path, *words: str) -> str:
 def go_back(project: Path) -> str:
     """Run the README's command that goes back to the committed settings."""
     (command,) = re.findall(r"(?m)^git checkout .*$", (ROOT / "README.md").read_text(encoding="utf-8"))
-    checkout, repro = (part.split() for part in command.split("&&"))
+    checkout, repro = (shlex.split(part, comments=True) for part in command.split("&&"))
     shell(project, *checkout)
     return served(project, *repro)
 
