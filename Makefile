@@ -42,7 +42,7 @@ test-device: .venv/.dev
 	pytest tests/device -n logical --dist loadgroup
 
 .venv/.transformers4: .venv/.dev
-	python -m pip install --quiet --disable-pip-version-check --no-compile --no-warn-conflicts --target .venv/transformers4 'transformers==4.57.*'
+	python -m pip install --quiet --disable-pip-version-check --no-compile --no-warn-conflicts --upgrade --target .venv/transformers4 'transformers==4.57.*'
 	@touch $@
 
 test-transformers4: .venv/.transformers4

@@ -7,10 +7,10 @@ document goes on after an end of text, as in the packed text that models are tra
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,10 +89,10 @@ def write_texts(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, leng
     return [document.clone() for document in documents]
 
 
-def write_endlessly(model: Any, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> Iterator[Tensor]:
-    """Yield documents of ``length`` token ids without end, written ``BATCH_ROWS`` at a time; see ``write_texts``."""
-    for batch in itertools.count():
-        yield from write_texts(model, tokenizer, BATCH_ROWS, length, seed + batch)
+def write_batches(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> list[Tensor]:
+    """Return documents as of ``write_texts``, by batches with seeds of their own: more documents begin with the same ones."""
+    batches = range(math.ceil(count / BATCH_ROWS))
+    return [*chain(*(write_texts(model, tokenizer, BATCH_ROWS, length, seed + batch) for batch in batches))][:count]
 
 
 def choose_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

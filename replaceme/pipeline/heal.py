@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from replaceme.base.documents import Documents
     from replaceme.edits.edits import Edits
+    from replaceme.models.context import ModelContext
     from replaceme.training.training import Curves
 
 # Folder of the text that the model writes, beside the checkpoints.
@@ -39,12 +39,17 @@ def heal(params: Params, work: Workspace) -> None:
         return
     from replaceme.base.documents import TEXT
     from replaceme.base.group import all_gather
+    from replaceme.models.devices import use_processor
+    from replaceme.models.find import calibration_context
+    from replaceme.models.memory import HEALING_OBSTACLE
     from replaceme.training.training import LAST, write_curves
 
+    use_processor(params.threads)
+    context = calibration_context(params, work, obstacle=HEALING_OBSTACLE)
     # The text of a stream could differ from process to process: all take the first one's.
-    documents = all_gather(None if rank() else draw_text(params, work))[0]
+    documents = all_gather(None if rank() else draw_text(params, work, context))[0]
     assert documents is not None
-    edits, figures, curves = _train(params, work, documents)
+    edits, figures, curves = _train(params, work, context.with_documents(documents))
     if rank():
         return
     with new_folder(work.healed) as folder:
@@ -57,8 +62,14 @@ def heal(params: Params, work: Workspace) -> None:
         remove(work.heal_checkpoints / name)
 
 
-def draw_text(params: Params, work: Workspace) -> Documents:
-    """Return the text to train on: of the sources of ``heal_dataset``, documents that the calibration didn't take."""
+def draw_text(params: Params, work: Workspace, context: ModelContext) -> Documents:
+    """Return the text to train on: of the sources of ``heal_dataset``, documents that the calibration didn't take.
+
+    Args:
+        params: the parameters.
+        work: the paths of the run.
+        context: the dense model, which writes the text that ``self`` names.
+    """
     from replaceme.calibration.draw import draw_after
     from replaceme.calibration.find import find_datasets
     from replaceme.calibration.sources import healing_params, list_sources
@@ -75,8 +86,10 @@ def draw_text(params: Params, work: Workspace) -> Documents:
     writing = [number for number, dataset in enumerate(found) if not dataset and params.heal_dataset is not None]
     whole = sum(sources[number].share for number in (*datasets, *writing))
     tokens = params.heal_tokens + HELD_OUT_TOKENS + params.max_length
-    own_text = {number: _write_own_text(params, work, tokens * sources[number].share / whole) for number in writing}
     tokenizer = recorded_model(params, work.tokenizer_input).tokenizer()
+    own_text = {
+        number: _write_own_text(params, work, context, tokenizer, tokens * sources[number].share / whole) for number in writing
+    }
     while True:
         corpora = {number: dataset.open(params.seed) for number, dataset in datasets.items()}
         documents = draw_after({**corpora, **own_text}, taken, tokenizer, text, tokens)
@@ -96,61 +109,51 @@ def draw_text(params: Params, work: Workspace) -> Documents:
     return documents
 
 
-def _write_own_text(params: Params, work: Workspace, tokens: float) -> list[Tensor]:
+def _write_own_text(params: Params, work: Workspace, context: ModelContext, tokenizer: Any, tokens: float) -> list[Tensor]:
     """Return documents that the dense model writes, so many tokens of them; of more, the first ones are the same.
 
     They are kept beside the checkpoints until the training has ended, so that one that resumes doesn't write them again.
     """
     from replaceme.base.documents import Documents
-    from replaceme.calibration.own_text import MAX_TOKENS, write_endlessly
-    from replaceme.models.devices import resolve_device, use_processor
-    from replaceme.models.find import recorded_model
+    from replaceme.calibration.own_text import MAX_TOKENS, write_batches
     from replaceme.models.kv_cache import eager_attention_where_faster
-    from replaceme.models.memory import HEALING_OBSTACLE, load_within_budget
     from replaceme.training.checkpoints import checkpoint_key, describe_environment
 
     length = min(params.max_length, MAX_TOKENS)
     count, folder = ceil(tokens / length), work.heal_checkpoints / OWN_TEXT
     settings = {
-        **describe_environment(resolve_device(params.device)),
+        **describe_environment(str(context.model.device)),
         "model": [read_json(work.model_input), read_json(work.tokenizer_input)],
-        "text": [count, length, params.seed, params.dtype, params.threads],
+        "text": [count, length, params.seed, params.dtype, params.use_4bit, params.threads],
     }
     key = checkpoint_key(settings, ())
     if read_remembered(folder / "key.json").get("key") == key:
         return Documents.load(folder).documents
-    use_processor(params.threads)
-    source, tokenizer = recorded_model(params, work.model_input), recorded_model(params, work.tokenizer_input).tokenizer()
-    model = load_within_budget(source, params, params.dtype, packed=params.use_4bit, obstacle=HEALING_OBSTACLE)
-    with eager_attention_where_faster(model, source.family()), renaming({"dataset": "heal_dataset"}):
+    with eager_attention_where_faster(context.model, context.family), renaming({"dataset": "heal_dataset"}):
         # Another seed than those of the calibration's own text and of the comparison with plain removal.
-        documents = [*islice(write_endlessly(model, tokenizer, length, params.seed + 2), count)]
+        documents = write_batches(context.model, tokenizer, count, length, params.seed + 2)
     with new_folder(folder) as new:
         Documents(documents).save(new)
         write_json(new / "key.json", {"key": key})
     return documents
 
 
-def _train(params: Params, work: Workspace, documents: Documents) -> tuple[Edits, dict[str, Any], Curves]:
-    """Return the edits that give the trained model, the training's figures and the curves."""
+def _train(params: Params, work: Workspace, context: ModelContext) -> tuple[Edits, dict[str, Any], Curves]:
+    """Return the edits that give the trained model, the training's figures and the curves; ``context`` has the text."""
     from replaceme.calibration.sources import healing_params, list_sources
     from replaceme.edits.edits import Edits
-    from replaceme.models.devices import use_processor
     from replaceme.models.dtypes import stored_dtype
-    from replaceme.models.find import calibration_context, recorded_model
-    from replaceme.models.memory import HEALING_OBSTACLE
+    from replaceme.models.find import recorded_model
     from replaceme.training.checkpoints import checkpoint_key
     from replaceme.training.distillation import LogitDistillation, plan_steps
     from replaceme.training.training import checkpoint_settings, summarize_training, train
 
-    use_processor(params.threads)
-    context = calibration_context(params, work, obstacle=HEALING_OBSTACLE).with_documents(documents)
     plan = Plan.load(work.plan)
     # With narrower MLPs, the states differ from the dense model's from the first layer on.
     first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
     task = LogitDistillation(context, Edits.load(work.repaired), first, params.heal_weights, params.heal_rank)
     shares = [source.share for source in list_sources(healing_params(params))]
-    steps = plan_steps(documents, shares, params.heal_tokens, params.heal_tokens_per_step, params.heal_learning_rate)
+    steps = plan_steps(context.documents, shares, params.heal_tokens, params.heal_tokens_per_step, params.heal_learning_rate)
     settings = {
         **checkpoint_settings(task.batches.device),
         "model": read_json(work.model_input),

@@ -28,6 +28,7 @@ from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
 from replaceme.models.context import ModelContext
 from replaceme.models.families import family_of, in_torch_layout
+from replaceme.models.find import calibration_context
 from replaceme.models.model import Model
 from replaceme.models.width import mlp_width_entry
 from replaceme.pipeline.activations import observe_activations
@@ -298,7 +299,7 @@ def test_the_text_is_another_than_the_calibrations_and_more_of_it_begins_the_sam
     trained = [tuple(document.tolist()) for document in Documents.load(work.edits / TEXT).documents]
     assert len(trained) == len({*trained}) > 5
     assert not calibrated & {*trained}
-    more = draw_text(params.model_copy(update={"heal_tokens": 1200}), work)
+    more = draw_text(params.model_copy(update={"heal_tokens": 1200}), work, calibration_context(params, work))
     assert [tuple(document.tolist()) for document in more.documents][: len(trained)] == trained
 
 
@@ -439,11 +440,11 @@ def test_a_training_on_the_models_own_text_takes_its_share_of_it(
     own = [tuple(document.tolist()) for document, domain in zip(text.documents, text.domains, strict=True) if domain == 1]
     # More than one batch, and no two texts alike.
     assert len({*own}) == len(own) > 2
-    more = draw_text(params.model_copy(update={"heal_tokens": 1200}), work)
+    more = draw_text(params.model_copy(update={"heal_tokens": 1200}), work, calibration_context(params, work))
     longer = [tuple(document.tolist()) for document, domain in zip(more.documents, more.domains, strict=True) if domain == 1]
     assert longer[: len(own)] == own
     # Where it isn't named for the training, the model writes nothing.
-    left_out = draw_text(params.model_copy(update={"heal_dataset": None}), work)
+    left_out = draw_text(params.model_copy(update={"heal_dataset": None}), work, calibration_context(params, work))
     assert {*left_out.domains} == {0}
 
 
