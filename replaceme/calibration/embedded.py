@@ -22,7 +22,6 @@ import re
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,21 +119,16 @@ def _strip_markup(markup: str) -> str:
         r"(?m)^==+\s*(?:See also|Notes|References|Further reading|External links|Footnotes|Bibliography)\b", markup
     )[0]
     code = mwparserfromhell.parse(markup)
+    # Emptied rather than removed: the parser searches the whole article for each node that it removes.
     # Links to these namespaces and to other languages hold captions and categories, not prose.
     for link in code.filter_wikilinks(matches=r"^\[\[\s*(File|Image|Category|[a-z\-]{2,12})\s*:"):
-        _remove_node(code, link)
+        link.title, link.text = "", None
     for tag in code.filter_tags(matches=lambda node: str(node.tag).lower() in {"ref", "table", "gallery", "math", "timeline"}):
-        _remove_node(code, tag)
+        tag.contents = ""
     text = code.strip_code(normalize=True, collapse=True)
     text = re.sub(r"'{2,}", "", text)
     lines = [" ".join(line.split()) for line in text.splitlines()]
     return "\n\n".join(line for line in lines if len(line.split()) > 3 and not _MARKUP_LEFT.search(line))
-
-
-def _remove_node(code: object, node: object) -> None:
-    # The parser raises ValueError for a node whose parent was removed before.
-    with suppress(ValueError):
-        code.remove(node)  # type: ignore[attr-defined]
 
 
 def _extract_news(file: Path) -> Iterator[tuple[str, str]]:

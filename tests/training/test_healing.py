@@ -48,7 +48,7 @@ from replaceme.running.workspace import Workspace
 from replaceme.training import distillation
 from replaceme.training.distillation import LogitDistillation, plan_steps
 from replaceme.training.training import StepPlan, train
-from tests.conftest import REPRESENTATIVES, WIDTH, made_model
+from tests.conftest import REPRESENTATIVES, WIDTH, made_model, made_text
 from tests.helpers import many_documents
 from tests.interruption import InterruptedRunError, counted, stop_at
 from tests.methods.helpers import BLOCK, solved
@@ -432,7 +432,8 @@ def test_a_training_on_the_models_own_text_takes_its_share_of_it(
     healing: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own_text, "BATCH_ROWS", 2)
-    sources = (Source("wikipedia-sample", 3.0), Source("self", 1.0))
+    (text := tmp_path / "text.txt").write_text(made_text(2000), encoding="utf-8")
+    sources = (Source(str(text), 3.0), Source("self", 1.0))
     params, work = healing.model_copy(update={"heal_dataset": sources, "dataset": sources}), Workspace(tmp_path / "run")
     run(params, work, to_export=False)
     text = Documents.load(work.edits / TEXT)
