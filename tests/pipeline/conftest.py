@@ -17,15 +17,16 @@ from replaceme.cli import commands
 from replaceme.models import hub
 from replaceme.models.model import Model
 from replaceme.pipeline import speed
+from replaceme.report.pictures import Picture
 from tests.conftest import DOT, WRITTEN, made_text
 from tests.helpers import FAST, call
 from tests.pipeline.helpers import TOKEN, Hub, dvc, shell
 
 # Hooks of the stages. One makes each picture a dot, and lets the models write as little as in this process.
 QUICK = f"""
-from matplotlib.figure import Figure
-
-Figure.savefig = lambda figure, file, **options: file.write({DOT!r})
+if stage == "stages.report":
+    from replaceme.report import pictures
+    pictures._draw_themes = lambda *_: pictures.Picture({DOT!r}, {DOT!r}, (1, 1))
 if stage in ("stages.baseline", "stages.evaluate"):
     from replaceme.evaluation import continuations
     continuations.MAX_TOKENS = {WRITTEN}
@@ -155,7 +156,7 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished
     """A finished run, started from an empty folder."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         patch.setenv("REPLACEME_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        patch.setattr("replaceme.report.pictures.to_png", lambda figure: DOT)
+        patch.setattr("replaceme.report.pictures._draw_themes", lambda *_: Picture(DOT, DOT, (1, 1)))
         patch.chdir(tmp_path_factory.mktemp("empty"))
         call(commands.run_replaceme, "--config", config, *FAST)
         assert not list(Path().iterdir())
