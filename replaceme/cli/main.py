@@ -42,9 +42,8 @@ COMMANDS: Mapping[str, Command] = {
     "profile": Command(
         action="profile",
         summary="show what each number of layers costs on a text and saves, and measure all pairs of layers",
-        description="Measure the angular distance and the residual of a linear map between all pairs of layers, and list the "
-        "best block of each size; then what each number of layers costs, with nothing in their place, and saves, to choose by "
-        "looking.",
+        description="Measure the angular distance and the residual of a linear map between all pairs of layers, and show "
+        "what each number of layers costs, with nothing in their place, and saves, to choose by looking.",
         example="replaceme profile --model smollm2-135m-instruct --dataset notes.txt --dataset_size 16",
         keys=(*_MODEL, *_TEXT, "min_distance_layer", "max_distance_layer", *_COMPUTING, "save_path"),
         save_path=DISTANCES_PATH,

@@ -112,14 +112,14 @@ def _check_model(params: Params, model: Model) -> Params:
 def _check_healing_text(params: Params) -> dict[str, Any]:
     """Return what identifies the text of the healing, if it is not the calibration's. Raises DatasetError if it has none."""
     text = healing_params(params)
-    writes = [source.name == SELF for source in list_sources(text)]
+    is_own = [source.name == SELF for source in list_sources(text)]
     if params.heal_dataset is None:
-        if all(writes):
+        if all(is_own):
             raise DatasetError(
                 "heal_dataset: the calibration has no text but its own; name one, or self, which is written then."
             )
         return {}
-    if any(writes):
+    if any(is_own):
         # A tokenizer without a token that a text could start with is refused.
         choose_start(find_model(params).tokenizer())
     return dataset_fingerprints(text)

@@ -1,4 +1,4 @@
-"""Every family with the setting that the README gives it, every method, and every path of a setting: as on the processor.
+"""Every family with the setting that docs/families.md gives it, every method, and every path of a setting: as on the processor.
 
 What is compared is what the pruned models predict: edits can differ by more than the predictions do, where text is short.
 """

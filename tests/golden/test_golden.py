@@ -43,8 +43,9 @@ def compare(cases: Mapping[str, tuple[str, dict[str, Any]]], folder: Path) -> tu
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_edits_and_weights_are_those_of_the_goldens(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The losses on held-out text, which take most of a short healing, change no weight.
-    monkeypatch.setattr(TrainingRun, "mean_loss", lambda *_: 0.0)
+    if family != "llama":
+        # The losses on held-out text, which take most of a short healing, change no weight.
+        monkeypatch.setattr(TrainingRun, "mean_loss", lambda *_: 0.0)
     differ, new = compare({name: case for name, case in CASES.items() if case[0] == family}, tmp_path)
     assert not differ
     if new:

@@ -47,7 +47,11 @@ def logits_with(edits: Edits, *models: Any) -> list[torch.Tensor]:
 # Apertus keeps buffers of its layers in its files.
 @pytest.mark.parametrize("kind", [*REPRESENTATIVES, "smollm3", "apertus"])
 @torch.inference_mode()
-def test_a_streamed_model_computes_the_same_bits(save_tiny: Callable[..., Model], kind: str) -> None:
+def test_a_streamed_model_computes_the_same_bits(
+    save_tiny: Callable[..., Model], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With the threads that users have.
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD")
     source, dtype = save_tiny(kind), "bfloat16"
     resident, (model, _) = source.load(dtype), streamed(source, dtype=dtype)
     for text in (TWO_ROWS, TEXT):

@@ -101,11 +101,24 @@ def test_the_site_shows_every_command() -> None:
     assert COMMANDS_WITH_PARAMETERS.keys() | OTHERS.keys() <= shown
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "methods"], ids=lambda page: page.stem)
-def test_pictures_and_pages_that_a_page_links_to_are_there(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", text) if "://" not in link]
-    assert [link for link in links if not (page.parent / link).is_file()] == []
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *(page for page in PAGES if page.parent.name != "methods")], ids=lambda page: page.stem
+)
+def test_pictures_pages_and_headings_that_a_page_links_to_are_there(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    missing = []
+    for file, _, anchor in (link.partition("#") for link in links if "://" not in link):
+        target = page.parent / file if file else page
+        if not target.is_file() or (anchor and anchor not in headings_of(target)):
+            missing.append(f"{file}#{anchor}")
+    assert missing == []
+
+
+def headings_of(page: Path) -> set[str]:
+    """Return the anchors of a page's headings."""
+    text = re.sub(r'--8<-- "(.+)"', lambda part: (ROOT / part[1]).read_text(encoding="utf-8"), page.read_text(encoding="utf-8"))
+    headings = re.findall(r"(?m)^#+ (.+)$", text)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_every_page_stands_in_the_sites_navigation() -> None:

@@ -6,6 +6,7 @@ from errno import ENOSPC
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from replaceme.edits.edits import Edits
 from replaceme.edits.fold import apply_edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import verify_export
+from replaceme.models import find
 from replaceme.models.context import ModelContext
 from replaceme.models.families import family_of, in_torch_layout
 from replaceme.models.find import calibration_context
@@ -432,8 +434,8 @@ def test_a_training_on_the_models_own_text_takes_its_share_of_it(
     healing: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(own_text, "BATCH_ROWS", 2)
-    (text := tmp_path / "text.txt").write_text(made_text(2000), encoding="utf-8")
-    sources = (Source(str(text), 3.0), Source("self", 1.0))
+    (file := tmp_path / "text.txt").write_text(made_text(2000), encoding="utf-8")
+    sources = (Source(str(file), 3.0), Source("self", 1.0))
     params, work = healing.model_copy(update={"heal_dataset": sources, "dataset": sources}), Workspace(tmp_path / "run")
     run(params, work, to_export=False)
     text = Documents.load(work.edits / TEXT)
@@ -459,6 +461,10 @@ def test_a_training_that_resumes_does_not_write_its_text_again(
     with counted(stop_at(2)), pytest.raises(InterruptedRunError):
         run(params, stopped, to_export=False)
     monkeypatch.setattr(own_text, "write_texts", None)
+    loading = Mock(wraps=calibration_context)
+    monkeypatch.setattr(find, "calibration_context", loading)
     heal(params, stopped)
+    # The dense model is loaded once, for its text and the training.
+    loading.assert_called_once()
     check(params, stopped)
     assert sha256_below(stopped.edits) == sha256_below(whole.edits)
