@@ -286,6 +286,11 @@ def test_the_experiments_are_compared_in_a_table_and_a_picture_and_their_models_
     assert (again.count(", measured"), again.count(", known")) == (0, 3)
     assert re.search(r"time +memory +prefill +decode\n", again)
     assert not list(project.glob("*.partial"))
+    # The README's view of the same experiments fits a page.
+    (view,) = (line for _, body in QUICK for line in body.splitlines() if line.startswith("dvc exp show"))
+    rows = served(project, *shlex.split(view)).splitlines()
+    assert {"unseen_ratio", "layers_to_skip", "seconds"} <= {*rows[0].replace("|", " ").split()}
+    assert max(map(len, rows)) <= 120
     assert shell(project, "git", "status", "--porcelain") == ""
 
 
