@@ -19,6 +19,7 @@ from replaceme.methods.registry import METHODS
 from replaceme.models.families import FAMILIES, Family, family_of
 from replaceme.models.model import Model
 from replaceme.report.pictures import Picture
+from replaceme.report.theme import LIGHT
 
 # Models this small are read sooner than by a thread for each of their tensors.
 os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
@@ -242,8 +243,13 @@ def params(tiny: Model, text_file: Path) -> Params:
      methods=METHODS)  # fmt: skip
 
 
+def draw_dot(draw: Callable[..., Any], *arguments: Any) -> Picture | None:
+    """Return a dot for a picture that has something to show: it is composed for one theme, and not drawn."""
+    return Picture(DOT, DOT, (1, 1)) if draw(*arguments, LIGHT) else None
+
+
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Make each picture a dot: drawing takes half of a small run. The report's tests draw them."""
     if request.path.parent.name != "report":
-        monkeypatch.setattr("replaceme.report.pictures._draw_themes", lambda *_: Picture(DOT, DOT, (1, 1)))
+        monkeypatch.setattr("replaceme.report.pictures._draw_themes", draw_dot)

@@ -17,8 +17,7 @@ from replaceme.cli import commands
 from replaceme.models import hub
 from replaceme.models.model import Model
 from replaceme.pipeline import speed
-from replaceme.report.pictures import Picture
-from tests.conftest import DOT, WRITTEN, made_text
+from tests.conftest import DOT, WRITTEN, draw_dot, made_text
 from tests.helpers import FAST, call
 from tests.pipeline.helpers import TOKEN, Hub, dvc, shell
 
@@ -157,7 +156,7 @@ def finished(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished
     """A finished run, started from an empty folder."""
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
         patch.setenv("REPLACEME_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        patch.setattr("replaceme.report.pictures._draw_themes", lambda *_: Picture(DOT, DOT, (1, 1)))
+        patch.setattr("replaceme.report.pictures._draw_themes", draw_dot)
         patch.chdir(tmp_path_factory.mktemp("empty"))
         call(commands.run_replaceme, "--config", config, *FAST)
         assert not list(Path().iterdir())

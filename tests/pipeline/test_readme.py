@@ -105,7 +105,7 @@ def test_the_site_shows_every_command() -> None:
     "page", [ROOT / "README.md", *(page for page in PAGES if page.parent.name != "methods")], ids=lambda page: page.stem
 )
 def test_pictures_pages_and_headings_that_a_page_links_to_are_there(page: Path) -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    links = re.findall(r"\]\(([^)\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
     missing = []
     for file, _, anchor in (link.partition("#") for link in links if "://" not in link):
         target = page.parent / file if file else page
