@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,9 +89,9 @@ def write_texts(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, leng
 
 
 def write_batches(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> list[Tensor]:
-    """Return documents as of ``write_texts``, by batches with seeds of their own: more documents begin with the same ones."""
-    batches = range(math.ceil(count / BATCH_ROWS))
-    return [*chain(*(write_texts(model, tokenizer, BATCH_ROWS, length, seed + batch) for batch in batches))][:count]
+    """Return documents as of ``write_texts``; batch i is written whole, with seed + i: a larger ``count`` only appends."""
+    seeds = range(seed, seed + math.ceil(count / BATCH_ROWS))
+    return [document for own in seeds for document in write_texts(model, tokenizer, BATCH_ROWS, length, own)][:count]
 
 
 def choose_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
