@@ -229,8 +229,8 @@ def test_a_call_from_python_has_one_process(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_stage_starts_processes_of_which_a_killed_one_ends_all_and_the_launcher_starts_them_again(
     params: Params, tmp_path: Path
 ) -> None:
-    (text := tmp_path / "long.txt").write_text(made_text(3000), encoding="utf-8")
-    params = params.model_copy(update={"dataset": str(text), "dataset_size": 400, "batch_size": 1, "tasks": ()})
+    (text := tmp_path / "long.txt").write_text(made_text(1500), encoding="utf-8")
+    params = params.model_copy(update={"dataset": str(text), "dataset_size": 200, "batch_size": 1, "tasks": ()})
     work = Workspace(tmp_path)
     inspect_inputs(params, work)
     run_stages(params, work, ["generate", "calibrate"])
