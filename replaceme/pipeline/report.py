@@ -104,8 +104,9 @@ STAGE = Stage(
     run=write_report,
     params=ALL,
     reads=(
-        Workspace.model_input, Workspace.card_input, Workspace.profile, Workspace.blocks, Workspace.solution, Workspace.edits,
-        Workspace.continuations, Workspace.text_versions, Workspace.model_versions, Workspace.score_versions,
+        Workspace.model_input, Workspace.card_input, Workspace.profile, Workspace.blocks, Workspace.solution,
+        Workspace.repaired, Workspace.edits, Workspace.continuations, Workspace.text_versions, Workspace.model_versions,
+        Workspace.score_versions,
     ),
     writes=Workspace.report,
     figures=("select", "solve", "repair", "heal", "check", "export", "evaluation"),

@@ -41,7 +41,7 @@ def draw_pictures(
         alpha: the run's ridge.
     """
     objective = {"objective": _read_points(work.solution / "loss.csv", "iteration", "loss")}
-    repairs = {"residual": _read_points(work.edits / "repairs.csv", "layer", "residual_after")}
+    repairs = {"residual": _read_points(work.repaired / "repairs.csv", "layer", "residual_after")}
     training = {
         "documents of the step": _read_points(work.edits / "loss.tsv", "step", "loss"),
         "held-out documents": _read_points(work.edits / "held_out_loss.tsv", "step", "held_out_loss"),
