@@ -65,7 +65,8 @@ def parse_value(text: str) -> Any:
 def settings_yaml(params: BaseModel, keys: Iterable[str]) -> str:
     """Return these parameters as the text of a params.yaml for publication: it names local files without their folder."""
     values = {key: WITHOUT_EFFECT.get(key, getattr(params, key)) for key in keys}
-    values |= {key: _hide_folders(values[key]) for key in ("model_path", "dataset", "tasks") if key in values}
+    named = ("model_path", "dataset", "heal_dataset", "tasks")
+    values |= {key: _hide_folders(values[key]) for key in named if values.get(key) is not None}
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]

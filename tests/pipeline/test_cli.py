@@ -143,7 +143,7 @@ def given(tiny: Model, text_file: Path) -> list[str | Path]:
 def test_prune_speed_and_report_make_a_result_and_its_page(
     given: list[str | Path], tiny: Model, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    healed = ["--heal_tokens", "400", "--keep_if_better", "false"]
+    healed = ["--heal_tokens", "400", "--heal_dataset", f"[{text_file}, self]", "--keep_if_better", "false"]
     call(main, "prune", *given, *healed, "--layers", "2", "--tasks", text_file, "--save_path", "r")
     said = capsys.readouterr()
     assert "text perplexity" in said.out
@@ -154,6 +154,7 @@ def test_prune_speed_and_report_make_a_result_and_its_page(
     assert json.loads(Path("r/config.json").read_text())["num_hidden_layers"] == tiny.config().num_hidden_layers - 2
     settings = Path("r/README.md").read_text(encoding="utf-8")
     assert "transform: channels" in settings
+    assert f"heal_dataset:\n- {text_file.name}\n- self\n" in settings
     call(main, "report", "--save_path", "r", "--output", "page")
     assert "text perplexity" in capsys.readouterr().out
     page = Path("page/index.html").read_text(encoding="utf-8")
