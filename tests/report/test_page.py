@@ -184,7 +184,8 @@ def write_run(
         path.write_text(json.dumps(content), encoding="utf-8")
     (work.solution / "residuals.csv").write_text(residuals, encoding="utf-8")
     (work.solution / "loss.csv").write_text("iteration,loss\n", encoding="utf-8")
-    (work.edits / "repairs.csv").write_text("layer,linear,residual_before,residual_after\n", encoding="utf-8")
+    work.repaired.mkdir(parents=True, exist_ok=True)
+    (work.repaired / "repairs.csv").write_text("layer,linear,residual_before,residual_after\n", encoding="utf-8")
     (work.edits / "loss.tsv").write_text("step\tloss\n", encoding="utf-8")
     (work.edits / "held_out_loss.tsv").write_text("step\theld_out_loss\n", encoding="utf-8")
     return work
@@ -444,7 +445,7 @@ def test_a_picture_is_there_only_if_it_has_something_to_show(params: Params, tmp
     work = write_run(tmp_path, solved=solved, evaluation={}, residuals="alpha,relative_residual\n")
     (work.solution / "loss.csv").write_text("iteration,loss\n0,0.5\n5,0.25\n9,0.26\n", encoding="utf-8")
     rows = "layer,linear,residual_before,residual_after\n3,mlp_output,0.5,0.25\n4,mlp_output,0.5,0.375\n"
-    (work.edits / "repairs.csv").write_text(rows, encoding="utf-8")
+    (work.repaired / "repairs.csv").write_text(rows, encoding="utf-8")
     (work.edits / "loss.tsv").write_text("step\tloss\n0\t2.0\n1\t1.5\n", encoding="utf-8")
     (work.edits / "held_out_loss.tsv").write_text("step\theld_out_loss\n0\t1.75\n", encoding="utf-8")
     page = render(params, work)
