@@ -304,7 +304,10 @@ class Elsewhere(torch.Tensor):
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> "Elsewhere":
-        made: Elsewhere = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device="meta")
+        # With its strides: which products an operation is made of depends on them, and so do the last bits.
+        made: Elsewhere = torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device="meta"
+        )
         made.held = held
         return made
 

@@ -159,7 +159,7 @@ def write_run(
 ) -> Workspace:
     """Write a run's results, some of them replaced by the arguments."""
     work = Workspace(folder)
-    for place in (work.profile, work.solution, work.edits, work.metric("solve").parent, work.model_input.parent):
+    for place in (work.profile, work.solution, work.repaired, work.edits, work.metric("solve").parent, work.model_input.parent):
         place.mkdir(parents=True, exist_ok=True)
     distances = made_distances(LAYERS)
     contents = {
@@ -184,7 +184,6 @@ def write_run(
         path.write_text(json.dumps(content), encoding="utf-8")
     (work.solution / "residuals.csv").write_text(residuals, encoding="utf-8")
     (work.solution / "loss.csv").write_text("iteration,loss\n", encoding="utf-8")
-    work.repaired.mkdir(parents=True, exist_ok=True)
     (work.repaired / "repairs.csv").write_text("layer,linear,residual_before,residual_after\n", encoding="utf-8")
     (work.edits / "loss.tsv").write_text("step\tloss\n", encoding="utf-8")
     (work.edits / "held_out_loss.tsv").write_text("step\theld_out_loss\n", encoding="utf-8")
