@@ -8,7 +8,7 @@ document goes on after an end of text, as in the packed text that models are tra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,27 +71,33 @@ def write_texts(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, leng
         ModelError: the tokenizer has no token that a text could start with; the model has no KV cache, or its predictions
             overflow.
     """
-    # Grouped heads need less.
-    token_bytes = 2 * int(model.config.num_hidden_layers) * int(model.config.hidden_size) * model.dtype.itemsize
-    rows = min(MAX_ROWS, max(CACHE_BYTES // (token_bytes * length), 1))
-    plain, turns = choose_start(tokenizer), find_chat_turns(tokenizer)
-    starts = [turns.opening if turns and number % 2 else plain for number in range(count)]
-    documents: list[Tensor] = []
-    devices = [model.device] if is_accelerator(model.device) else []
-    with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"), torch.inference_mode():
-        torch.manual_seed(seed)
-        steps = progress(range((length - 1) * -(-count // rows)), "writing text", "steps")
-        for first in range(0, count, rows):
-            documents += _write_batch(model, starts[first : first + rows], length, turns, steps)
-        next(steps, None)
-    # Copies, of their own size and usable outside of inference: rows of one tensor would be stored with all of it.
-    return [document.clone() for document in documents]
+    return _write_all(model, tokenizer, {seed: count}, length)
 
 
 def write_batches(model: Any, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> list[Tensor]:
     """Return documents as of ``write_texts``; batch i is written whole, with seed + i: a larger ``count`` only appends."""
-    seeds = range(seed, seed + math.ceil(count / BATCH_ROWS))
-    return [document for own in seeds for document in write_texts(model, tokenizer, BATCH_ROWS, length, own)][:count]
+    counts = dict.fromkeys(range(seed, seed + math.ceil(count / BATCH_ROWS)), BATCH_ROWS)
+    return _write_all(model, tokenizer, counts, length)[:count]
+
+
+def _write_all(model: Any, tokenizer: PreTrainedTokenizerBase, counts: Mapping[int, int], length: int) -> list[Tensor]:
+    """Return documents as of ``write_texts``: for each seed, so many."""
+    # Grouped heads need less.
+    token_bytes = 2 * int(model.config.num_hidden_layers) * int(model.config.hidden_size) * model.dtype.itemsize
+    rows = min(MAX_ROWS, max(CACHE_BYTES // (token_bytes * length), 1))
+    plain, turns = choose_start(tokenizer), find_chat_turns(tokenizer)
+    documents: list[Tensor] = []
+    devices = [model.device] if is_accelerator(model.device) else []
+    steps = progress(range((length - 1) * sum(math.ceil(count / rows) for count in counts.values())), "writing text", "steps")
+    with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"), torch.inference_mode():
+        for seed, count in counts.items():
+            torch.manual_seed(seed)
+            starts = [turns.opening if turns and number % 2 else plain for number in range(count)]
+            for first in range(0, count, rows):
+                documents += _write_batch(model, starts[first : first + rows], length, turns, steps)
+        next(steps, None)
+    # Copies, of their own size and usable outside of inference: rows of one tensor would be stored with all of it.
+    return [document.clone() for document in documents]
 
 
 def choose_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -460,7 +460,10 @@ def test_a_training_that_resumes_does_not_write_its_text_again(
     run(params, whole, to_export=False)
     with counted(stop_at(2)), pytest.raises(InterruptedRunError):
         run(params, stopped, to_export=False)
-    monkeypatch.setattr(own_text, "write_texts", None)
+    monkeypatch.setattr(own_text, "write_batches", Mock(side_effect=AssertionError("it writes")))
+    # A quantized model writes another text.
+    with pytest.raises(AssertionError, match="it writes"):
+        draw_text(params.model_copy(update={"use_4bit": True}), stopped, calibration_context(params, stopped))
     loading = Mock(wraps=calibration_context)
     monkeypatch.setattr(find, "calibration_context", loading)
     heal(params, stopped)
