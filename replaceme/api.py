@@ -76,8 +76,7 @@ class Pruned:
         """Load the tokenizer."""
         from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-        return tokenizer
+        return AutoTokenizer.from_pretrained(self.path, local_files_only=True)
 
 
 def prune(

@@ -9,7 +9,6 @@ processor.
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,17 +69,13 @@ def device_name(device: str) -> str:
     """Return an accelerator's name, as its maker gives it."""
     if device.startswith("mps"):
         return torch.backends.mps.get_name()
-    return str(_module(device).get_device_name(torch.device(device)))
+    return str(torch.get_device_module(torch.device(device)).get_device_name(torch.device(device)))
 
 
 def used_names() -> list[str]:
-    """Return the names of the accelerators, if this process has used any."""
-    return [device_name(f"{find_kind()}:{number}") for number in range(count_devices())] if has_used_any() else []
-
-
-def has_used_any() -> bool:
-    """Return whether this process has had memory of an accelerator."""
-    return bool(find_kind() == "mps" and torch.mps.driver_allocated_memory()) or bool(peak_bytes())
+    """Return the names of the accelerators, if this process has had memory of any."""
+    used = (find_kind() == "mps" and torch.mps.driver_allocated_memory()) or peak_bytes()
+    return [device_name(f"{find_kind()}:{number}") for number in range(count_devices())] if used else []
 
 
 def memory(device: str) -> tuple[int, int]:
@@ -148,7 +143,3 @@ def to_float64(tensor: Tensor) -> Tensor:
 def collective_backend(kind: str) -> str:
     """Return the backend of ``torch.distributed`` that exchanges tensors of the processor and of the accelerators."""
     return f"cpu:gloo,{kind}:{torch.distributed.get_default_backend_for_device(kind)}"
-
-
-def _module(device: str) -> Any:
-    return torch.get_device_module(torch.device(device))

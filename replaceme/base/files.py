@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def write_table(path: Path, head: Sequence[str], rows: Iterable[Sequence[Any]], digits: int = 6) -> None:
+    """Write a table as CSV, its floats with so many significant digits."""
+    lines = [head, *([round_floats(cell, digits) for cell in row] for row in rows)]
+    write_text(path, "".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 def round_floats(value: Any, digits: int = 6) -> Any:

@@ -98,8 +98,10 @@ class Command:
             silence_libraries(load=True)
             # Torch and the like are imported here, so that help is fast.
             from replaceme.pipeline import actions
+            from replaceme.running.processes import run_in_processes
 
-            actions.run_distributed(getattr(actions, self.action), params, **options)
+            action, count = getattr(actions, self.action), params.processes if self.action in ("prune", "profile") else 1
+            run_in_processes(count, lambda: action(params, **options), params.device)
 
     def make_parser(self, prog: str | None, full: bool) -> Parser:
         """Return the parser, whose help has all parameters with their sentences if it is ``full``; ``prog`` as of ``run``."""
@@ -152,7 +154,9 @@ class Command:
         options = {name: given.pop(name) for name in self.options if name in given}
         params = read_params(config, {**given, **self.fixed, **launched_processes()}, METHODS, self.preset)
         if self.action == "prune":
-            options["has_size"] = _names_size(config, given)
+            # Whether the command line or the config says how much goes.
+            stated = {**read_config(config)[0], **given} if config else given
+            options["has_size"] = any(stated.get(key) is not None for key in SIZE_KEYS)
         return params, options
 
     def _refuse_words(self, words: Sequence[str], prog: str) -> list[str]:
@@ -201,12 +205,6 @@ def parse_option(key: str, text: str) -> Any:
     if key == "tasks" and isinstance(value, str):
         return [part.strip() for part in text.split(",") if part.strip()]
     return value
-
-
-def _names_size(config: Path | None, given: Mapping[str, Any]) -> bool:
-    """Return whether the command line or the config, which has been read without an error, says how much goes."""
-    stated, _ = read_config(config) if config else ({}, [])
-    return any({**stated, **given}.get(key) is not None for key in SIZE_KEYS)
 
 
 def _types(key: str) -> tuple[Any, ...]:

@@ -50,8 +50,6 @@ def describe_machine() -> Iterator[tuple[str, str]]:
     known = accelerators.has_bfloat16(chosen)
     auto = "" if known is None else f"auto is {'bfloat16' if known else 'float32'}; "
     yield "dtype", f"{auto}on {chosen}, a product of {WIDTH} x {FEATURES} takes {times}"
-    yield (
-        "weights",
-        f"memory: auto lets them take {format_size(int(AUTO_FRACTION * free_memory(chosen)))}; larger models are streamed",
-    )
+    limit = format_size(int(AUTO_FRACTION * free_memory(chosen)))
+    yield "weights", f"memory: auto lets them take {limit}; larger models are streamed"
     yield "cache", str(cache_folder()).replace(str(Path.home()), "~")

@@ -6,7 +6,6 @@ has them, as those of the report and of `replaceme prune` have.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,7 +28,7 @@ def push(arguments: Sequence[str]) -> None:
     work = Workspace.for_result(folder.absolute())
     # No run may replace the files while they are uploaded.
     with result_lock(work) if os.access(work.root, os.W_OK) else nullcontext():
-        _upload(options, folder)
+        _upload(folder, options.repo_id, options.private)
 
 
 def make_parser() -> Parser:
@@ -44,7 +43,7 @@ def make_parser() -> Parser:
     return parser
 
 
-def _upload(options: argparse.Namespace, folder: Path) -> None:
+def _upload(folder: Path, repo_id: str, private: bool) -> None:
     from replaceme.models import hub
     from replaceme.models.model import Model
     from replaceme.models.model_files import CARD, REFERENCE
@@ -58,8 +57,8 @@ def _upload(options: argparse.Namespace, folder: Path) -> None:
         raise ParameterError(f"save_path: there is no pruned model in {folder}; run `dvc repro` or `replaceme prune` first.")
     if folder.resolve() == pipeline.model.resolve():
         _check_scores()
-        files[CARD] = render_run_card(pipeline_params(METHODS), pipeline, options.repo_id).encode()
-    url = hub.upload(options.repo_id, files, options.private)
+        files[CARD] = render_run_card(pipeline_params(METHODS), pipeline, repo_id).encode()
+    url = hub.upload(repo_id, files, private)
     logger.info("the model is at %s", url)
 
 

@@ -14,7 +14,7 @@ An MLP of other channels gets their rows and columns (``replaceme.edits.channels
 trained parameter has its value already.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from functools import partial, reduce
 from typing import Any
 
@@ -172,16 +172,12 @@ def _original(family: Family, layers: nn.ModuleList, edits: Edits, layer: int, n
     """Return a parameter before the change of its linear: mixed, made of channels (a bias belongs to none), or the layer's."""
     if mixture := edits.mixtures.get(layer):
         assert set(mixture) - {layer} <= set(edits.removed_layers), "a kept layer is mixed into another one"
-        return mix_parameters(layers, mixture, name)
+        # Σ c_j θ_j
+        parts = (coefficient * to_float64(parameter_of(layers[source], name)) for source, coefficient in mixture.items())
+        return reduce(torch.add, parts)
     if layer in edits.channels and name in family.cut_parameters(layers[layer], "mlp_output"):
         return assemble_parameter(family, layers, layer, edits.channels[layer], name)
     return parameter_of(layers[layer], name)
-
-
-def mix_parameters(layers: nn.ModuleList, mixture: Mapping[int, float], name: str) -> Tensor:
-    """Return ``Σ c_j θ_j`` (float64, torch's layout) over the layers' parameters of one name."""
-    parts = (coefficient * to_float64(parameter_of(layers[source], name)) for source, coefficient in mixture.items())
-    return reduce(torch.add, parts)
 
 
 def folds(

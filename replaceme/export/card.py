@@ -80,7 +80,7 @@ def render_card(params: Params, source: Model, edits: Edits, results: RunResults
         "",
         *_describe_changes(params, source, edits),
         *_describe_fit(edits, results.fit),
-        *_describe_comparison(results.checked),
+        *(["", describe_check(results.checked).replace(" x ", " × ")] if results.checked else []),
         "",
         "## How to load it",
         "",
@@ -134,18 +134,18 @@ def _read_metadata(source: Model) -> dict[str, Any]:
 def _describe_changes(params: Params, source: Model, edits: Edits) -> list[str]:
     """Say what was removed and what replaced it."""
     commit = f" (commit {source.commit})" if source.commit else ""
-    removed = _describe_removed(edits, f"{_name_layers(edits.removed_layers)} (counted from 0)")
+    removed = _describe_removed(edits, f"{name_layers(edits.removed_layers)} (counted from 0)")
     verb = "was" if len(edits.removed_layers) == 1 and not edits.parts else "were"
     lines = [f"{removed[:1].upper()}{removed[1:]} {verb} removed from `{source.name}`{commit} with {edits.title}."]
     if source.disclosure:
         lines += [source.disclosure]
     if edits.transforms:
         lines += [
-            f"A linear map was folded into the MLP of {_name_layers([*edits.transforms])}. It was fitted to calibration text, "
+            f"A linear map was folded into the MLP of {name_layers([*edits.transforms])}. It was fitted to calibration text, "
             "without training the model, and adds no parameters: the architecture is unchanged."
         ]
     lines += [
-        f"The weights of the linear modules of {_name_layers([*mixture])} were merged into those of layer {layer}, without "
+        f"The weights of the linear modules of {name_layers([*mixture])} were merged into those of layer {layer}, without "
         "training."
         for layer, mixture in sorted(edits.mixtures.items())
     ]
@@ -166,7 +166,7 @@ def _describe_changes(params: Params, source: Model, edits: Edits) -> list[str]:
             "architecture is unchanged."
         ]
     if mapped := [layer for layer, P in edits.operators.items() if P.ndim]:
-        lines += [f"A linear map was added after {_name_layers(mapped)}; it multiplies the whole hidden state."]
+        lines += [f"A linear map was added after {name_layers(mapped)}; it multiplies the whole hidden state."]
     if edits.has_own_form:
         lines += [
             "",
@@ -196,7 +196,7 @@ def _describe_new_weights(params: Params, edits: Edits) -> list[str]:
             f"model's predictions{start}."
         ]
     return [
-        f"The {word} output projection of {_name_layers(layers)} was refitted in closed form, without training."
+        f"The {word} output projection of {name_layers(layers)} was refitted in closed form, without training."
         for word, layers in corrected.items()
         if layers
     ]
@@ -216,7 +216,7 @@ def describe_check(checked: Mapping[str, Any]) -> str:
     if not checked:
         return ""
     plain = checked["plain_removal"]
-    layers = _name_layers([*range(plain["first_layer"], plain["last_layer"] + 1)])
+    layers = name_layers([*range(plain["first_layer"], plain["last_layer"] + 1)])
     result, other = (
         f"x {each['perplexity_ratio']:.3g} the dense model's perplexity, KL {each['kl']:.3f}" for each in (checked, plain)
     )
@@ -225,11 +225,6 @@ def describe_check(checked: Mapping[str, Any]) -> str:
         return f"Plain removal of {layers} is exported. On {text}: {other}; the result of these settings: {result}."
     worse = " This is worse." * (checked["kl"] > plain["kl"])
     return f"On {text}: {result}; with {layers} removed and nothing in their place: {other}.{worse}"
-
-
-def _describe_comparison(checked: Mapping[str, Any]) -> list[str]:
-    """Return the same as lines of the card."""
-    return ["", describe_check(checked).replace(" x ", " × ")] if checked else []
 
 
 def _write_example(path: str, own_code: bool) -> list[str]:
@@ -288,7 +283,7 @@ def _describe_reproduction(params: Params, source: Model, results: RunResults) -
     ]  # fmt: skip
 
 
-def _name_layers(layers: Sequence[int]) -> str:
+def name_layers(layers: Sequence[int]) -> str:
     """Name layers in words: ``layer 3`` or ``layers 3–4, 9``."""
     # Layer minus position is constant in a run of consecutive layers.
     runs = [[*map(itemgetter(1), run)] for _, run in groupby(enumerate(sorted(layers)), lambda pair: pair[1] - pair[0])]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -69,7 +69,7 @@ class Continuation:
     start: str
     text: str
     logprobs: list[float]
-    start_ids: list[int] = field(default_factory=list)
+    start_ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -112,36 +112,22 @@ def read_model(model: Any, tokenizer: Any, reference: Readings | None = None) ->
     own = Readings([*ids], chat=chat, chat_tokens=len(chat_ids) or None, rows=rows)
     if max(map(max, given)) >= rows:
         return own
-    logprobs, firsts = zip(*_read_prompts(model, given), strict=True)
-    starts = (
-        [each.start_ids for each in reference.continuations if each.start_ids]
-        if reference
-        else _choose_starts(tokenizer, given)
-    )
+    # What follows a text changes nothing in it, so that padding needs no mask.
+    batches = [given[first : first + BATCH] for first in range(0, len(given), BATCH)]
+    read = interleave_forwards(model, (partial(_read_batch, model, batch) for batch in batches))
+    logprobs, firsts = zip(*chain.from_iterable(read), strict=True)
+    starts = [each.start_ids for each in reference.continuations] if reference else _choose_starts(tokenizer, given)
     continuations = _continue(model, tokenizer, starts) if starts else []
     states = model(torch.tensor([given[0]], device=model.device), output_hidden_states=True, use_cache=False).hidden_states
     width = min(STATE_ENTRIES, *(state.shape[-1] for state in states))
-    return Readings(
-        own.ids, [*logprobs], [*firsts], continuations, chat, own.chat_tokens, rows,
-        torch.stack([state[0, -1, :width].float().cpu() for state in states]),
-    )  # fmt: skip
-
-
-def _read_prompts(model: Any, prompts: Sequence[list[int]]) -> list[tuple[list[float], float]]:
-    """Return the log-probabilities of each prompt's tokens but the first, and that of the most likely token after it."""
-    # Similar lengths together: what follows a text changes nothing in it.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    batches = [[prompts[index] for index in order[first : first + BATCH]] for first in range(0, len(order), BATCH)]
-    read = chain.from_iterable(interleave_forwards(model, (partial(_read_batch, model, batch) for batch in batches)))
-    by_index = dict(zip(order, read, strict=True))
-    return [by_index[index] for index in range(len(prompts))]
+    kept = torch.stack([state[0, -1, :width].float().cpu() for state in states])
+    return replace(own, logprobs=[*logprobs], firsts=[*firsts], continuations=continuations, states=kept)
 
 
 def _read_batch(model: Any, prompts: Sequence[list[int]]) -> list[tuple[list[float], float]]:
-    """Return what ``_read_prompts`` does, of prompts that are computed together."""
+    """Return the log-probabilities of each prompt's tokens but the first, and that of the most likely token after it."""
     batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(ids), dtype=torch.int64) for ids in prompts], batch_first=True)
-    logits = model(batch.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    logits = model(batch.to(model.device), use_cache=False).logits
     read = []
     for ids, row in zip(prompts, logits, strict=True):
         scores = row[: len(ids)].float().log_softmax(-1).cpu()

@@ -21,7 +21,7 @@ from replaceme.models.dtypes import dtype_name, stored_dtype
 from replaceme.models.families import Family, in_torch_layout
 from replaceme.models.memory import load_streamed
 from replaceme.models.model import Model, parameter_count
-from replaceme.models.model_files import TOKENIZER_CONFIG
+from replaceme.models.model_files import CARD_FILES, TOKENIZER_CONFIG
 from replaceme.models.own_form import write_own_form
 from replaceme.models.streaming import evict_layers, layers_in_memory
 
@@ -61,9 +61,13 @@ def save_pruned(source: Model, edits: Edits, folder: Path, budget: int | None = 
     if form := edits.own_form(family.layers):
         tokenizer = type(source.tokenizer()).__name__
         write_own_form(folder, form, TOKENIZER_CLASS.get(tokenizer, tokenizer))
-    for path in source.copied_files():
+    # The card is replaced by ours later; licence and notice stay.
+    for path in {*source.tokenizer_files(), *source.files(CARD_FILES)}:
         shutil.copyfile(path, folder / path.name)
-    _rename_tokenizer(folder / TOKENIZER_CONFIG)
+    tokenizer_file = folder / TOKENIZER_CONFIG
+    # With the names that transformers 4 knows; a file that has them stays as it is.
+    if tokenizer_file.is_file() and (own := read_json(tokenizer_file)) != (renamed := rename_tokenizer_keys(own)):
+        write_json(tokenizer_file, renamed)
     counts = {"parameters": parameter_count(model), "parameters_dense": dense_parameters}
     # Only the garbage collector would let the weights go, and the proof loads two models more.
     model.to("meta")
@@ -102,9 +106,3 @@ def apply_edits_by_layer(model: Any, family: Family, edits: Edits, folder: Path)
         tensors[name] = in_torch_layout(model, name, exact).to(model.get_parameter(name).dtype)
     evict_layers(model)
     return tensors
-
-
-def _rename_tokenizer(file: Path) -> None:
-    """Give a copied tokenizer_config.json the names that transformers 4 knows; a file that has them stays as it is."""
-    if file.is_file() and (config := read_json(file)) != (old := rename_tokenizer_keys(config)):
-        write_json(file, old)

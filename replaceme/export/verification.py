@@ -84,17 +84,12 @@ def verify_export(dense: Model, pruned: Model, edits: Edits, documents: Document
 def _verify_computation(
     dense: Model, pruned: Model, edits: Edits, edited: set[str], excerpts: Documents, budget: int | None
 ) -> dict[str, Any]:
-    """Compare the states after each layer, the logits and the cached generation; return the figures.
-
-    Args:
-        dense, pruned, edits, budget: as of ``verify_export``.
-        edited: the names of the weights that the edits change.
-        excerpts: the text.
-    """
+    """Compare the states after each layer, the logits and the cached generation on ``excerpts``; return the figures."""
     family, load = dense.family(), _make_loader(dense, edits, excerpts, budget)
     kept = _list_kept_layers(dense, edits)
     position = {layer: edits.position(layer) for layer in kept}
-    cuts = _find_layers_before_cuts(edits, kept)
+    # The kept layer before each removed run; where no layer is removed, the last one.
+    cuts = [layer for layer in kept if layer + 1 in edits.removed_layers] or kept[-1:]
     whole, prompt = load(dense), excerpts.documents[0][: TOKENS // 4]
     with _float32_computation(whole, family, edits.mixtures):
         expected, expected_logits = _record_states(whole, family, [FIRST, *kept], excerpts, edits)
@@ -313,10 +308,7 @@ def _float32_computation(
 ) -> Iterator[None]:
     """Compute in float32 inside the block, although the weights stay in their own dtype: a layer's are cast while it runs.
 
-    Args:
-        model: the model.
-        family: describes its parts.
-        mixtures: layer → the layers whose weights it reads.
+    With them, those of the layers that it reads: ``mixtures`` names them by layer.
     """
     layers = family.decoder_layers(model)
     parts = {layer: [*layer.parameters()] for layer in layers}
@@ -373,12 +365,6 @@ def _run_widened(forward: Callable[..., Any], parameters: list[nn.Parameter], *a
     finally:
         for each, data in zip(parameters, own, strict=True):
             each.data = data
-
-
-def _find_layers_before_cuts(edits: Edits, kept: list[int]) -> list[int]:
-    """Return the kept layer before each removed run; where no layer is removed, the last one."""
-    removed = set(edits.removed_layers)
-    return [layer for layer in kept if layer + 1 in removed] if removed else kept[-1:]
 
 
 @torch.inference_mode()

@@ -59,10 +59,8 @@ def choose(context: SelectionContext) -> tuple[list[Block], dict[str, Any]]:
     """Return the merged blocks, and figures for metrics/select.json."""
     from replaceme.selection.collapse import collapsed_blocks
 
-    initial, schedule = (
-        Merging.of(context.params).laco_threshold,
-        merge_schedule(context.params, len(context.profile["residual"])),
-    )
+    initial = Merging.of(context.params).laco_threshold
+    schedule = merge_schedule(context.params, len(context.profile["residual"]))
     blocks, similarities, threshold = collapsed_blocks(context.model_context, schedule, initial)
     if threshold < initial:
         logger.info("select: laco_threshold %g leaves too many layers, and was lowered to %g", initial, threshold)

@@ -290,10 +290,7 @@ FAMILIES: Mapping[str, Callable[[Any], Family]] = {
         mlp_output="mlp.fc_out",
         mlp_norm="ln_1",
         parallel=True,
-        feeding_linears={
-            "attention_output": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),
-            "mlp_output": ("mlp.fc_in",),
-        },
+        feeding_linears={"attention_output": ("attn.q_proj", "attn.k_proj", "attn.v_proj"), "mlp_output": ("mlp.fc_in",)},
     ),
     "granite": _granite,
     "llama": _described(rms_norms=_RMS_NORMS),

@@ -120,6 +120,7 @@ class Model(ModelFiles):
         device_map: str | None = None,
         config: dict[str, Any] | None = None,
         left_out: Collection[str] = (),
+        check: bool = True,
     ) -> PreTrainedModel:
         """Load the weights, ready for inference.
 
@@ -130,15 +131,41 @@ class Model(ModelFiles):
             device_map: how accelerate places the weights, which must not be moved afterwards; None puts all on ``device``.
             config: entries of the config to change.
             left_out: names of tensors in the files that stay there; their parameters are on the meta device.
+            check: whether weights that are not finite are refused.
 
         Raises:
             ModelError: the files can't be read, lack a weight, hold one that is not finite, or 4-bit linears don't work here.
             ParameterError: a weight is too large for ``dtype``.
             ResourceError: memory ran out or the disk is full.
         """
-        model = self._load(dtype, device, use_4bit, device_map, config, left_out)
+        options: dict[str, Any] = self._options_for_part(config or {}, left_out) if left_out else dict(config or {})
+        if use_4bit or device_map:
+            options["device_map"] = device_map or {"": device}
+        if use_4bit:
+            options["quantization_config"] = _nf4_config()
+        try:
+            # Not transformers' own auto: it takes the config's word, and would round weights that are stored wider.
+            options["dtype"] = stored_dtype(self) if dtype == "auto" else getattr(torch, dtype)
+            kind, folder = (type(self.skeleton(options["config"])), None) if left_out else (self.classes()[1], self.folder)
+            model, report = kind.from_pretrained(
+                folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
+            )
+            if left_out and (self.folder / GENERATION_CONFIG).is_file():
+                model.generation_config = GenerationConfig.from_pretrained(self.folder)
+            if use_4bit:
+                _try_4bit(model)
+        except ModelError:
+            raise
+        except Exception as failure:  # transformers, accelerate and bitsandbytes raise errors of many kinds
+            key = "use_4bit" if use_4bit else "device_map" if device_map else "model_path"
+            advice = "; use false" if use_4bit else "; use null" if device_map else ""
+            error = ModelError(f"{key}: {self.name} could not be loaded ({_reason(failure)}){advice}.")
+            raise resource_failure(failure) or error from failure
+        self._check_complete(report)
+        # A streamed model's layers can't be moved, and it is loaded on the processor.
+        model = (model if "device_map" in options or device == "cpu" else model.to(device)).eval()
         # Quantized or offloaded weights don't show it.
-        if use_4bit or device_map or not is_finite(*model.parameters()):
+        if check and (use_4bit or device_map or not is_finite(*model.parameters())):
             self.check_finite(dtype_name(model.dtype))
         return model
 
@@ -151,7 +178,7 @@ class Model(ModelFiles):
         Raises:
             ModelError: as ``load``, or transformers converts a weight that is stored in another dtype than most.
         """
-        model, stored = self._load("auto", left_out=left_out), self.stored
+        model, stored = self.load(left_out=left_out, check=False), self.stored
         names, held = self.match_names(model, stored), model.state_dict()
         for name, own in names.items():
             format = FORMATS.get(stored[own].format)
@@ -191,42 +218,6 @@ class Model(ModelFiles):
                 )
         return names
 
-    def _load(
-        self,
-        dtype: str,
-        device: str = "cpu",
-        use_4bit: bool = False,
-        device_map: str | None = None,
-        config: dict[str, Any] | None = None,
-        left_out: Collection[str] = (),
-    ) -> PreTrainedModel:
-        options: dict[str, Any] = self._options_for_part(config or {}, left_out) if left_out else dict(config or {})
-        if use_4bit or device_map:
-            options["device_map"] = device_map or {"": device}
-        if use_4bit:
-            options["quantization_config"] = _nf4_config()
-        try:
-            # Not transformers' own auto: it takes the config's word, and would round weights that are stored wider.
-            options["dtype"] = stored_dtype(self) if dtype == "auto" else getattr(torch, dtype)
-            kind, folder = (type(self.skeleton(options["config"])), None) if left_out else (self.classes()[1], self.folder)
-            model, report = kind.from_pretrained(
-                folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
-            )
-            if left_out and (self.folder / GENERATION_CONFIG).is_file():
-                model.generation_config = GenerationConfig.from_pretrained(self.folder)
-            if use_4bit:
-                _try_4bit(model)
-        except ModelError:
-            raise
-        except Exception as failure:  # transformers, accelerate and bitsandbytes raise errors of many kinds
-            key = "use_4bit" if use_4bit else "device_map" if device_map else "model_path"
-            advice = "; use false" if use_4bit else "; use null" if device_map else ""
-            error = ModelError(f"{key}: {self.name} could not be loaded ({_reason(failure)}){advice}.")
-            raise resource_failure(failure) or error from failure
-        self._check_complete(report)
-        # A streamed model's layers can't be moved, and it is loaded on the processor.
-        return (model if "device_map" in options or device == "cpu" else model.to(device)).eval()
-
     def _options_for_part(self, entries: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
         """Return transformers' options to load a model from tensors instead of a folder, some of which stay in their files."""
         config = self.config()
@@ -238,11 +229,7 @@ class Model(ModelFiles):
         return {"config": config, "state_dict": tensors}
 
     def _check_complete(self, report: dict[str, Any]) -> None:
-        """Raise ModelError for a weight that the files lack: transformers has filled it with random numbers.
-
-        Args:
-            report: transformers' loading report.
-        """
+        """Raise ModelError for a weight that the files lack, by transformers' report: it has filled it with random numbers."""
         missing = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
         if missing:
             raise ModelError(

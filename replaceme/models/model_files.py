@@ -81,10 +81,6 @@ class ModelFiles:
                 modules += _RELATIVE_IMPORT.findall(path.read_text(encoding="utf-8", errors="replace"))
         return sorted({*self.files(TOKENIZER_FILES), *code})
 
-    def copied_files(self) -> list[Path]:
-        """Return the files that the pruned model's folder gets unchanged, sorted; of the card, only the licence is kept."""
-        return sorted({*self.tokenizer_files(), *self.files(CARD_FILES)})
-
     def code_references(self, name: str) -> list[str]:
         """Return the classes that ``auto_map`` in a config file names: ``module.Class``, or ``repository--module.Class``.
 

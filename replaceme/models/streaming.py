@@ -93,13 +93,7 @@ class LayerStream:
         bytes_read: the bytes of weights that were read so far.
     """
 
-    def __init__(
-        self,
-        layers: nn.ModuleList,
-        loader: LayerLoader,
-        budget: int,
-        check: Callable[[Iterable[Tensor]], None],
-    ):
+    def __init__(self, layers: nn.ModuleList, loader: LayerLoader, budget: int, check: Callable[[Iterable[Tensor]], None]):
         """Take over the layers.
 
         Args:

@@ -1,7 +1,7 @@
 """What the commands do, in any folder and without DVC."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,8 @@ from replaceme.pipeline.sizes import apply_default_size, print_sizes
 from replaceme.pipeline.speed import measure_speed
 from replaceme.report.page import SETTINGS_FILE, Page, render
 from replaceme.running.entry import PARAMS_FILE
-from replaceme.running.processes import run_in_processes
 from replaceme.running.stage import ANALYSIS, COMPRESSION, FIT, ORDER, Stage, pipeline_params
 from replaceme.running.workspace import Workspace
-
-
-def run_distributed(action: Callable[..., object], params: Params, **options: Any) -> None:
-    """Run one of the following actions in as many processes as it can use; ``options`` are those that are no parameters."""
-    count = params.processes if action in (prune, profile) else 1
-    run_in_processes(count, lambda: action(params, **options), params.device)
 
 
 def prune(params: Params, texts: Sequence[str] | None = None, overwrite: bool = False, has_size: bool = True) -> Workspace:
@@ -166,24 +159,20 @@ def measure(params: Params) -> None:
     """Time the dense model and a result in turn, and write the result's report with these times."""
     work = existing_result(params)
     with result_lock(work) if work.save_path else nullcontext():
-        _measure_result(params, work)
-
-
-def _measure_result(params: Params, work: Workspace) -> None:
-    dense = recorded_model(params, work.model_input)
-    pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
-    if identity(dense) != read_json(work.model_input):
-        raise ParameterError(f"model_path: {params.model_path} is not what {work.model} was made from; name that model.")
-    times = measure_speed(params, dense, pruned)
-    rows: list[tuple[str, ...]] = [("measured", "dense", "pruned", "faster")]
-    for name, key in (("prefill", "prefill_seconds"), ("decoding, a token", "decode_seconds_per_token")):
-        pair = times[key]
-        rows.append((name, *(f"{1000 * pair[side]:.1f} ms" for side in ("dense", "pruned")), f"x {pair['speedup']:.2f}"))
-    print(align(rows))
-    with new_folder(work.speed) as folder:
-        write_json(folder / SPEED_FILE, round_floats(times, 4))
-        if page := _render_page(work, times):
-            page.save(folder)
+        dense = recorded_model(params, work.model_input)
+        pruned = Model(work.model, work.model.name, trust_remote_code=params.trust_remote_code)
+        if identity(dense) != read_json(work.model_input):
+            raise ParameterError(f"model_path: {params.model_path} is not what {work.model} was made from; name that model.")
+        times = measure_speed(params, dense, pruned)
+        rows: list[tuple[str, ...]] = [("measured", "dense", "pruned", "faster")]
+        for name, key in (("prefill", "prefill_seconds"), ("decoding, a token", "decode_seconds_per_token")):
+            pair = times[key]
+            rows.append((name, *(f"{1000 * pair[side]:.1f} ms" for side in ("dense", "pruned")), f"x {pair['speedup']:.2f}"))
+        print(align(rows))
+        with new_folder(work.speed) as folder:
+            write_json(folder / SPEED_FILE, round_floats(times, 4))
+            if page := _render_page(work, times):
+                page.save(folder)
     logger.info("the times, and the report with them, are in %s", work.speed)
 
 
@@ -196,7 +185,12 @@ def report(params: Params, folder: Path) -> None:
     work = existing_result(params)
     if folder.exists() and not (folder / SETTINGS_FILE).is_file():
         raise ParameterError(f"--output: {excerpt(folder, 150)} exists and holds no report; choose another folder.")
-    page = _render_page(work, _read_times(work))
+    file = work.speed / SPEED_FILE
+    times = read_json(file) if file.is_file() else None
+    # Those of other weights say nothing of these.
+    if times and times["weights"] != sha256_of(Model(work.model, work.model.name).files(WEIGHTS), work.model):
+        times = None
+    page = _render_page(work, times)
     if page is None:
         raise ParameterError(f"save_path: {work.model} was made without scores, so it has no report; prune it with tasks.")
     print_scores(work)
@@ -215,14 +209,6 @@ def _render_page(work: Workspace, times: Mapping[str, Any] | None) -> Page | Non
     # These name local files without their folders, and the pipeline's costs are known by its own parameters.
     own = pipeline_params(METHODS) if work == Workspace() and PARAMS_FILE.is_file() else made_with
     return render(made_with, work, times, compression_figures(own, work))
-
-
-def _read_times(work: Workspace) -> Mapping[str, Any] | None:
-    """Return the times that were measured of these very weights, or None."""
-    file = work.speed / SPEED_FILE
-    times: Mapping[str, Any] | None = read_json(file) if file.is_file() else None
-    model = Model(work.model, work.model.name)
-    return times if times and times["weights"] == sha256_of(model.files(WEIGHTS), model.folder) else None
 
 
 def profile(params: Params, overwrite: bool = False) -> None:

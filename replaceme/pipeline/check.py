@@ -19,7 +19,9 @@ from replaceme.running.workspace import Workspace
 def check(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/check.json; without a comparison, the edits are copied."""
     comparison = _compare(params, work) if params.keep_if_better else None
-    replaced = comparison is not None and comparison.favours_plain and _has_new_weights(params)
+    # A published method's result is kept as it is.
+    has_new_weights = params.repair or params.transform in NEW_WEIGHTS or params.heal_tokens > 0
+    replaced = comparison is not None and comparison.favours_plain and has_new_weights
     with new_folder(work.edits) as folder:
         # What was trained and repaired, curves and text, stays beside what is exported.
         copy_tree(work.healed, folder)
@@ -36,11 +38,6 @@ def check(params: Params, work: Workspace) -> None:
         )  # fmt: skip
     if replaced:
         logger.warning("check: plain removal is nearer to the dense model than this result, and is exported")
-
-
-def _has_new_weights(params: Params) -> bool:
-    """Return whether the result is more than a published method's, which is kept as it is."""
-    return params.repair or params.transform in NEW_WEIGHTS or params.heal_tokens > 0
 
 
 def _compare(params: Params, work: Workspace) -> Comparison | None:

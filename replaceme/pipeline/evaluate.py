@@ -53,14 +53,10 @@ STAGE = Stage(
     run=evaluate,
     params=SCORING,
     reads=(
-        Workspace.tasks_input,
-        Workspace.documents,
-        Workspace.edits,
-        Workspace.model,
-        Workspace.baseline,
+        Workspace.tasks_input, Workspace.documents, Workspace.edits, Workspace.model, Workspace.baseline,
         Workspace.score_versions,
     ),
     writes=Workspace.continuations,
     shared=lambda params, work: bool(params.tasks),
     metrics=("evaluation",),
-)
+)  # fmt: skip

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from replaceme.base.documents import Documents
-from replaceme.base.files import new_folder, round_floats, write_json, write_text
+from replaceme.base.files import new_folder, write_json, write_table
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
@@ -32,9 +32,11 @@ def profile(params: Params, work: Workspace) -> None:
         return
     with new_folder(work.profile) as folder:
         write_json(folder / "profile.json", content)
-        write_text(folder / "distances.csv", _format_pairs(content))
-        write_text(folder / "layers.csv", _format_layers(content["layers"]))
-    figures = content["layers"]
+        head = ("host", "end", "layers_to_skip", "angular_distance", "residual")
+        write_table(folder / "distances.csv", head, _list_pairs(content))
+        figures = dict(sorted(content["layers"].items()))
+        rows = ((layer, *row) for layer, row in enumerate(zip(*figures.values(), strict=True)))
+        write_table(folder / "layers.csv", ("layer", *figures), rows)
     loudest = max(range(len(figures["max_norm"])), key=figures["max_norm"].__getitem__)
     logger.info(
         "profile: %d layers; the output of layer %d has the largest token norm, %.0f (mean %.0f)",
@@ -42,22 +44,14 @@ def profile(params: Params, work: Workspace) -> None:
     )  # fmt: skip
 
 
-def _format_pairs(content: Mapping[str, Any]) -> str:
+def _list_pairs(content: Mapping[str, Any]) -> list[tuple[int, int, int, float, float]]:
+    """Return a row for each layer before a cut and the end of its block: both, their distance in layers, and the figures."""
     distances, residuals = content["angular_distance"], content["residual"]
-    rows = [
-        f"{layer},{last + 1},{last - layer},{round_floats(distances[layer][last])},{round_floats(residuals[layer][last])}"
+    return [
+        (layer, last + 1, last - layer, distances[layer][last], residuals[layer][last])
         for layer in range(len(distances))
         for last in range(layer + 1, len(distances))
     ]
-    return "\n".join(["host,end,layers_to_skip,angular_distance,residual", *rows]) + "\n"
-
-
-def _format_layers(figures: dict[str, list[float]]) -> str:
-    rows = [
-        ",".join(map(str, [layer, *(round_floats(figures[name][layer]) for name in sorted(figures))]))
-        for layer in range(len(figures["max_norm"]))
-    ]
-    return "\n".join([",".join(["layer", *sorted(figures)]), *rows]) + "\n"
 
 
 STAGE = Stage(

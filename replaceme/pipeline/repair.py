@@ -2,12 +2,11 @@
 states.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from replaceme.base.combinations import STEPWISE
 from replaceme.base.documents import Documents
-from replaceme.base.files import copy_tree, new_folder, read_json, remove, round_floats, write_json, write_text
+from replaceme.base.files import copy_tree, new_folder, read_json, remove, round_floats, write_json, write_table
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Plan
@@ -65,7 +64,8 @@ def repair(params: Params, work: Workspace) -> None:
             figures = method.fit_on_model(own)
         if method.fit_on_model or repairs_layers:
             edits.save(folder)
-        write_text(folder / "repairs.csv", _format_repairs(repairs))
+        rows = [(each.layer, " + ".join(each.linears), each.before, each.after) for each in repairs]
+        write_table(folder / "repairs.csv", ("layer", "linear", "residual_before", "residual_after"), rows)
         if not method.trained:
             write_curves(folder, {})
     figures["corrected_linears"] = sum(len(each.linears) for each in repairs if each.scale)
@@ -110,13 +110,6 @@ def _make_key(params: Params, work: Workspace, documents: Documents) -> str:
         **describe_environment(resolve_device(params.device)),
     }
     return checkpoint_key(settings, documents.documents)
-
-
-def _format_repairs(repairs: Sequence[Repair]) -> str:
-    rows = [
-        f"{each.layer},{' + '.join(each.linears)},{round_floats(each.before)},{round_floats(each.after)}" for each in repairs
-    ]
-    return "\n".join(["layer,linear,residual_before,residual_after", *rows]) + "\n"
 
 
 STAGE = Stage(

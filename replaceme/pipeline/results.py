@@ -61,7 +61,9 @@ def exclusive_result(params: Params, name: str) -> Iterator[Workspace]:
         try:
             partials = [path for path in work.model.parent.iterdir() if path.name.startswith(f"{work.model.name}.")]
             clear_partials([*work.root.rglob("*"), *partials], own=True)
-            _check_ownership(work)
+            if work.model.exists() and (foreign := work.find_foreign_file()):
+                what = f"{excerpt(work.model, 100)} holds {excerpt(foreign)}, which this program did not write"
+                raise ParameterError(f"save_path: {what}; choose another folder.")
             yield work
         finally:
             # A run that is refused leaves nothing.
@@ -90,14 +92,6 @@ def _check_target(work: Workspace, params: Params) -> None:
         if (folder / "dvc.yaml").is_file() and resolved.is_relative_to(folder / "artifacts"):
             artifacts = excerpt(folder / "artifacts", 150)
             raise ParameterError(f"save_path: {artifacts} belongs to the pipeline; choose another folder.")
-
-
-def _check_ownership(work: Workspace) -> None:
-    """Raise ParameterError for a folder with files that this program did not write."""
-    target = work.model
-    if target.exists() and (foreign := work.find_foreign_file()):
-        what = f"{excerpt(target, 100)} holds {excerpt(foreign)}, which this program did not write"
-        raise ParameterError(f"save_path: {what}; choose another folder.")
 
 
 def check_finished(work: Workspace, made_of: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ from replaceme.base.plan import save_blocks
 from replaceme.base.progress import logger
 from replaceme.base.ranks import rank
 from replaceme.methods.registry import METHODS, criterion_of, read_by
-from replaceme.models.context import ModelContext
 from replaceme.models.devices import use_processor
 from replaceme.models.find import calibration_context, recorded_model
 from replaceme.running.stage import PASS, Stage
@@ -20,6 +19,7 @@ from replaceme.selection.criteria import SelectionContext, allowed_starts
 
 def select(params: Params, work: Workspace) -> None:
     """Write the blocks and metrics/select.json."""
+    use_processor(params.threads)
     profile = read_json(work.profile / "profile.json")
     distances, residuals, criterion = profile["angular_distance"], profile["residual"], criterion_of(params)
     surrogate = METHODS[params.method].surrogate(params)
@@ -27,7 +27,7 @@ def select(params: Params, work: Workspace) -> None:
     if params.remove is not None:
         params = apply_budget(params, recorded_model(params, work.model_input), criterion)
     starts = allowed_starts(params, len(distances), criterion)
-    context = SelectionContext(params, profile, starts, surrogate, partial(_load_context, params, work))
+    context = SelectionContext(params, profile, starts, surrogate, partial(calibration_context, params, work))
     blocks, figures = criterion.choose(context)
     if surrogate == "scalar" and any(block.scale is None for block in blocks):
         require_scalable(context.model_context)
@@ -50,12 +50,6 @@ def select(params: Params, work: Workspace) -> None:
             chosen["residual"], f", mean loss {figures['loss']:.4f}" if "loss" in figures else "",
         )  # fmt: skip
     write_json(work.metric("select"), round_floats(figures))
-
-
-def _load_context(params: Params, work: Workspace) -> ModelContext:
-    """Return the dense model and its calibration text."""
-    use_processor(params.threads)
-    return calibration_context(params, work)
 
 
 STAGE = Stage(

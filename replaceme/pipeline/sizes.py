@@ -13,7 +13,6 @@ block's place wins a part of the rise back: the table says where to begin, and t
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
@@ -23,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from replaceme.base.documents import excerpts_of, split_documents
 from replaceme.base.errors import ParameterError, ReplaceMeError
-from replaceme.base.files import new_folder, read_json, round_floats, write_json
+from replaceme.base.files import new_folder, read_json, round_floats
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block
 from replaceme.base.progress import align, logger, progress
@@ -66,58 +65,41 @@ def apply_default_size(params: Params) -> Params:
     return params.model_copy(update={"layers_to_skip": count})
 
 
-@dataclass(frozen=True)
-class Size:
-    """What it costs and saves that ``layers`` layers go, from the layer ``start`` on.
-
-    Attributes:
-        rise: of the loss, in nats per token; ``ratio`` is that of the perplexities.
-        gigabytes: of the weights in bfloat16, with embedding and head.
-        share: of the dense model's parameters.
-        speedup: expected of decoding; None with experts, of which a token reads only some.
-    """
-
-    layers: int
-    start: int
-    rise: float
-    ratio: float
-    gigabytes: float
-    share: float
-    speedup: float | None
-
-
 def measure_sizes(params: Params, work: Workspace) -> None:
-    """Measure what each number of layers costs and saves, and write ``sizes.json``, ``sizes.csv`` and ``sizes.png``."""
+    """Measure what each number of layers costs and saves, and write ``sizes.csv`` and ``sizes.png``.
+
+    The columns: ``layers`` that go, from the layer ``start`` on; ``rise`` of the loss, in nats per token, and ``ratio`` of the
+    perplexities; ``gigabytes`` of the weights in bfloat16, with embedding and head; ``share`` of the dense model's parameters;
+    ``speedup`` that is expected of decoding, empty with experts, of which a token reads only some.
+    """
     use_processor(params.threads)
     source, profile = recorded_model(params, work.model_input), read_json(work.profile / "profile.json")
     context = calibration_context(params, work)
     best = _measure_rises(context, _list_candidates(params, [profile["angular_distance"], profile["residual"]]))
     if rank():
         return
-    sizes = _weigh_sizes(source, best)
-    rows = [round_floats(asdict(size)) for size in sizes]
+    sizes = _weigh_sizes(source, best).map(round_floats)
     with new_folder(work.artifact("sizes")) as folder:
-        write_json(folder / "sizes.json", rows)
-        pd.DataFrame(rows).to_csv(folder / "sizes.csv", index=False)
-        (folder / "sizes.png").write_bytes(to_png(draw_sizes(sizes, choose_start(sizes))))
+        sizes.to_csv(folder / "sizes.csv", index=False)
+        (folder / "sizes.png").write_bytes(to_png(draw_sizes(sizes)))
 
 
-def choose_start(sizes: Sequence[Size]) -> Size | None:
-    """Return the largest size whose loss, with nothing in the block's place, rises by ``START_RISE`` at most, or None."""
-    within = [size for size in sizes if size.layers and size.rise <= START_RISE]
-    return max(within, key=lambda size: size.layers, default=None)
+def choose_start(sizes: pd.DataFrame) -> int | None:
+    """Return the most layers whose removal, with nothing in their place, raises the loss by ``START_RISE`` at most, or None."""
+    within = sizes.loc[(sizes["layers"] > 0) & (sizes["rise"] <= START_RISE), "layers"]
+    return int(within.max()) if len(within) else None
 
 
 def print_sizes(work: Workspace) -> None:
     """Print the table of the measured sizes."""
-    sizes = [Size(**entry) for entry in read_json(work.artifact("sizes") / "sizes.json")]
+    sizes = pd.read_csv(work.artifact("sizes") / "sizes.csv")
     start = choose_start(sizes)
     rows = [("layers less", "removed", "GB", "parameters", "loss", "perplexity", "decoding", "")]
-    for size in sizes:
+    for size in sizes.itertuples():
         last = size.start + size.layers - 1
         removed = "none" if not size.layers else str(last) if size.layers == 1 else f"{size.start}–{last}"
-        speedup = f"× {size.speedup:.2f}" if size.speedup else ""
-        mark = f"start here: {size.layers}" * (size == start)
+        speedup = "" if math.isnan(size.speedup) else f"× {size.speedup:.2f}"
+        mark = f"start here: {size.layers}" * (size.layers == start)
         weights = f"{size.gigabytes:.3g}", f"{100 * size.share:.1f} %"
         rows.append((str(size.layers), removed, *weights, f"{size.rise:+.3f}", f"× {size.ratio:.2f}", speedup, mark))
     print(align(rows))
@@ -160,37 +142,35 @@ def _measure_rises(context: ModelContext, candidates: Sequence[Sequence[Block]])
     return {count: lowest for count, lowest in best.items() if math.isfinite(lowest[0])}
 
 
-def _weigh_sizes(source: Model, best: Mapping[int, tuple[float, int]]) -> list[Size]:
+def _weigh_sizes(source: Model, best: Mapping[int, tuple[float, int]]) -> pd.DataFrame:
     """Return the sizes of a model, the dense one's first; ``best`` is as from ``_measure_rises``."""
     skeleton, layers, total = source.skeleton(source.config()), Sizes.of(source).layers, Sizes.of(source).total
     head = skeleton.get_output_embeddings()
     # Of an embedding that is not the head as well, a token reads one row.
     read = total - embedding_count(skeleton) + (head.weight.numel() if head is not None else 0)
-    sizes = []
+    rows = []
     for count, (rise, start) in sorted({0: (0.0, 0), **best}.items()):
         gone = sum(layers[start : start + count])
-        speedup = None if source.family().experts else read / (read - gone)
-        sizes.append(Size(count, start, rise, math.exp(rise), 2e-9 * (total - gone), 1 - gone / total, speedup))
-    return sizes
+        speedup = math.nan if source.family().experts else read / (read - gone)
+        rows.append((count, start, rise, math.exp(rise), 2e-9 * (total - gone), 1 - gone / total, speedup))
+    return pd.DataFrame(rows, columns=["layers", "start", "rise", "ratio", "gigabytes", "share", "speedup"])
 
 
-def draw_sizes(sizes: Sequence[Size], start: Size | None) -> Figure:
+def draw_sizes(sizes: pd.DataFrame) -> Figure:
     """Draw the ratio of the perplexities (left) and the size of the model (right) against the layers that go."""
-    counts = [size.layers for size in sizes]
+    start = choose_start(sizes)
     with drawing(LIGHT, 0.66 * WIDTH) as figure:
         axes = figure.add_subplot()
         weights = axes.twinx()
         if start is not None:
-            axes.axvline(start.layers, color=LIGHT.mark, lw=1.2)
+            axes.axvline(start, color=LIGHT.mark, lw=1.2)
             where: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"start here: {start.layers}", (start.layers, 1), (0, 3), color=LIGHT.mark, **where)
-        (ratio,) = axes.plot(counts, [size.ratio for size in sizes], color=LIGHT.pruned, marker="o", ms=4.5, lw=1.6)
-        (size,) = weights.plot(
-            counts, [size.gigabytes for size in sizes], color=LIGHT.series[1], marker="s", ms=3.5, lw=1.2, ls="--"
-        )
+            axes.annotate(f"start here: {start}", (start, 1), (0, 3), color=LIGHT.mark, **where)
+        (ratio,) = axes.plot(sizes["layers"], sizes["ratio"], color=LIGHT.pruned, marker="o", ms=4.5, lw=1.6)
+        (size,) = weights.plot(sizes["layers"], sizes["gigabytes"], color=LIGHT.series[1], marker="s", ms=3.5, lw=1.2, ls="--")
         axes.set(xlabel="layers less", ylabel="perplexity (times dense)")
         weights.set(ylabel="size in bfloat16 (GB)", ylim=(0, None))
-        set_log_scale(axes, "y", [each.ratio for each in sizes])
+        set_log_scale(axes, "y", sizes["ratio"])
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         set_grid(axes)
         weights.tick_params(length=0)

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from replaceme.base.files import new_folder, round_floats, write_json, write_text
+from replaceme.base.files import new_folder, round_floats, write_json, write_table
 from replaceme.base.parameters import Params
 from replaceme.base.plan import Block, Plan
 from replaceme.base.progress import logger
@@ -36,8 +36,11 @@ def solve(params: Params, work: Workspace) -> None:
     removed = len(plan.removed_layers)
     with new_folder(work.solution) as folder:
         solved.edits.save(folder)
-        write_text(folder / "residuals.csv", _format_ridge_path(solved.ridge_path))
-        write_text(folder / "loss.csv", _format_loss_curve(solved.loss_curve))
+        # With the logarithm, for plots without logarithmic axes.
+        path = [(alpha, math.log10(alpha), residual) for alpha, residual in solved.ridge_path]
+        write_table(folder / "residuals.csv", ("alpha", "log10_alpha", "relative_residual"), path)
+        # Empty for a closed form.
+        write_table(folder / "loss.csv", ("iteration", "loss"), solved.loss_curve, digits=9)
     write_json(work.metric("solve"), round_floats({"removed_layers": removed, **solved.figures}))
     if mixtures := solved.edits.mixtures:
         logger.info("solve: %d layers are removed, merged into %d kept ones", removed, len(mixtures))
@@ -50,17 +53,6 @@ def solve(params: Params, work: Workspace) -> None:
         )
     elif removed and not (METHODS[params.method].fit_on_model or solved.edits.changes() or solved.edits.operators):
         logger.info("solve: %d layers are removed, and nothing replaces them", removed)
-
-
-def _format_ridge_path(path: list[tuple[float, float]]) -> str:
-    """Return the ridge path as CSV, with the logarithm for plots without logarithmic axes."""
-    rows = [f"{round_floats(alpha)},{round_floats(math.log10(alpha))},{round_floats(residual)}" for alpha, residual in path]
-    return "\n".join(["alpha,log10_alpha,relative_residual", *rows]) + "\n"
-
-
-def _format_loss_curve(curve: list[tuple[int, float]]) -> str:
-    """Return the loss curve as CSV; empty for a closed form."""
-    return "\n".join(["iteration,loss", *(f"{step},{round_floats(loss, 9)}" for step, loss in curve)]) + "\n"
 
 
 STAGE = Stage(

@@ -95,7 +95,9 @@ def repair_layers(
     state = _initial_state(params, context, edits, plan)
     finished = checkpoints.resume(state)
     if not finished:
-        _walk_to_cut(state)
+        # Up to the first layer that changes, both models are the same.
+        walk(context, [RecordStates(state.kept[0], ("input",), state.dense)], description="walking to the cut")
+        state.shortened.copy_(state.dense)
     for number, layer in enumerate(progress(state.kept[finished:], "repairing layers", "layers"), start=finished + 1):
         repair_layer(state, layer)
         state.offload_corrections()
@@ -125,13 +127,6 @@ def _initial_state(params: Params, context: ModelContext, edits: Edits, plan: Pl
     require_space(folder, needed, "repair keeps {} of corrections there, in addition to its states")
     known = dict(zip(linears, inputs, strict=True))
     return RepairState(params, context, edits, plan, kept, dense, after_attention, shortened, known)
-
-
-def _walk_to_cut(state: RepairState) -> None:
-    """Compute the states that enter the first layer that changes, where both models are the same."""
-    entering = RecordStates(state.kept[0], ("input",), state.dense)
-    walk(state.context, [entering], description="walking to the cut")
-    state.shortened.copy_(state.dense)
 
 
 def repair_layer(state: RepairState, layer: int) -> None:

@@ -69,13 +69,8 @@ def render(
     if plain := checked.get("plain_removal_is_exported", False):
         # What was fitted and trained is not in the model, and its cut is another.
         blocks = tuple(group_adjacent(edits["removed_layers"]))
-        solved, repaired, healed, selected, words = (
-            {},
-            {},
-            {},
-            {},
-            "the divergence of plain removal on the dense model's own text",
-        )
+        solved = repaired = healed = selected = {}
+        words = "the divergence of plain removal on the dense model's own text"
     fits = _collect_fits(solved, repaired)
     made_with = read_json(work.text_versions) | read_json(work.model_versions) | read_json(work.score_versions)
     pictures = draw_pictures(work, profile, blocks, evaluation, solved, params.alpha)
@@ -102,7 +97,6 @@ def render(
         plain=plain,
         checked=describe_check(checked).replace(" x ", " × "),
         proof=sentences.describe_proof(read_json(work.metric("export")), blocks),
-        published=tables.tabulate_published(),
         about=MODELS[params.model_path].disclosure if params.model_path in MODELS else "",
         changes=_shorten_settings(params),
         settings=settings,

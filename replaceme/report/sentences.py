@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from replaceme.base.plan import Block
 from replaceme.evaluation.tables import find_contaminated_tasks
+from replaceme.export.card import name_layers
 from replaceme.report.formatting import Figures, format_digits, format_percent
 
 # layers × layers, by the layer before a block and the block's last layer.
@@ -46,11 +47,6 @@ def _describe_contamination(evaluation: Figures, *kinds: str) -> str:
     return f" ({'on' if contaminated == tasks else 'in part on'} calibration text)" if contaminated else ""
 
 
-def name_layers(block: Block) -> str:
-    """Name a block's layers: ``layers 11–18``."""
-    return f"layers {block.start}–{block.end - 1}" if len(block) > 1 else f"layer {block.start}"
-
-
 def describe_cut(
     distances: BlockFigures, residuals: BlockFigures, blocks: Sequence[Block], words: str, selected: Figures
 ) -> list[str]:
@@ -64,8 +60,8 @@ def describe_cut(
         selected: the figures of metrics/select.json.
     """
     sentences = [
-        f"{name_layers(block).capitalize()} (after layer {block.start - 1}) {'were' if len(block) > 1 else 'was'} removed, "
-        f"chosen by {words}. The angular distance between the states before and after the block, in half turns, is "
+        f"{name_layers([*block.layers]).capitalize()} (after layer {block.start - 1}) {'were' if len(block) > 1 else 'was'} "
+        f"removed, chosen by {words}. The angular distance between the states before and after the block, in half turns, is "
         f"{_format_rank(distances, block)}; the relative residual of a linear map in its place is "
         f"{_format_rank(residuals, block)}."
         for block in blocks

@@ -1,7 +1,6 @@
 """The page's tables as text cells, from the pipeline's figures.
 
-Rows, columns and tables without figures are left out. All accuracies are in percent, so that the run's table and the published
-one can be read side by side.
+Rows, columns and tables without figures are left out. All accuracies are in percent.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,20 +92,6 @@ PART_WORDS = {
         "of the dense model, in nats per token, on the texts whose gradients rank the parts",
     ),
 }
-# ReplaceMe (arXiv 2505.02819), Llama-2-7B with a quarter of its layers removed: average as % of dense, average, and four tasks,
-# in percent. They show how much each kind of method lost there, not what this run should reach.
-SOURCE = "https://arxiv.org/abs/2505.02819"
-PUBLISHED_HEAD = ("", "% of dense", "average", "BoolQ", "HellaSwag", "PIQA", "MMLU")
-PUBLISHED = (
-    ("dense", 100.0, 67.4, 70.8, 71.3, 78.1, 49.2),
-    ("LLM-Streamline (layer MSE; trained)", 91.2, 61.4, 67.5, 61.1, 71.5, 45.5),
-    ("LLM-Pruner (not trained; gradients)", 78.2, 52.7, 58.7, 54.6, 72.0, 25.3),
-    ("SliceGPT", 75.9, 51.1, 59.9, 47.5, 68.3, 28.8),
-    ("LaCo", 80.2, 54.0, 64.1, 55.7, 69.8, 26.5),
-    ("UIDL", 89.3, 60.2, 67.3, 59.7, 69.0, 44.6),
-    ("ReplaceMe, least squares", 91.9, 61.9, 71.5, 61.3, 69.8, 45.1),
-    ("ReplaceMe, cosine", 93.1, 62.7, 72.8, 62.2, 70.5, 45.3),
-)
 
 
 @dataclass(frozen=True)
@@ -118,14 +103,12 @@ class Table:
         head: one heading per column.
         rows: one cell per column.
         notes: footnotes, as pairs of the mark in a cell and the note.
-        link: source of the figures, if not the run itself.
     """
 
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[tuple[str, str]] = ()
-    link: str = ""
 
 
 def tabulate_accuracy(evaluation: Figures) -> Table | None:
@@ -280,16 +263,6 @@ def _tabulate_meanings(caption: str, columns: Mapping[str, Figures], words: Mapp
         if any(key in figures for figures in columns.values())
     ]
     return Table(caption, ["", *columns, "meaning"], rows)
-
-
-def tabulate_published() -> Table:
-    """Return the published results, labelled as those of another model."""
-    rows = [[name, *(f"{value:.1f}" for value in values)] for name, *values in PUBLISHED]
-    caption = (
-        "Accuracy in percent, 25 % of the layers removed; published for Llama-2-7B (another model, other tasks and text): not "
-        "comparable with the tables above in absolute terms"
-    )
-    return Table(caption, PUBLISHED_HEAD, rows, link=SOURCE)
 
 
 def _mark_contamination(task: str, evaluation: Figures) -> str:

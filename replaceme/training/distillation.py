@@ -235,11 +235,12 @@ class LogitDistillation:
         size = min(self.context.batch_size, max(-(-len(documents) // shard().size), 1))
         count = self.batches.token_count(documents)
         parts = [documents[start : start + size] for start in range(0, len(documents), size)]
+        with self._adapters(parameters):
+            loss = sum(self._loss_of_batch(part, count) for number, part in enumerate(parts) if shard().owns(number))
         for parameter in parameters.values() if torch.is_grad_enabled() else ():
             # A process without a batch of this step adds nothing to it.
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        with self._adapters(parameters):
-            return sum(self._loss_of_batch(part, count) for number, part in enumerate(parts) if shard().owns(number))
+        return loss
 
     def _loss_of_batch(self, documents: Sequence[int], count: int) -> float:
         """Return the sum of the divergences over a batch's tokens, divided by ``count``; add its gradients."""
@@ -250,7 +251,8 @@ class LogitDistillation:
             student_states = self._run(self.student, batch)
         rows, sums = student_states.detach().requires_grad_(student_states.requires_grad), []
         size = DEVICE_ROWS if is_accelerator(rows.device) else ROWS
-        with self._heads() as (dense_head, head):
+        model, family = self.context.model, self.context.family
+        with _head_alone(model, family) as dense_head, _head_alone(self.student, family) as head:
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
                 with torch.no_grad():
@@ -291,12 +293,6 @@ class LogitDistillation:
                 stack.callback(layers[self.first].register_forward_pre_hook(record_entry, with_kwargs=True).remove)
             decoder_of(model)(input_ids=batch.input_ids, use_cache=False)
         return seen[-1]
-
-    @contextmanager
-    def _heads(self) -> Iterator[list[Any]]:
-        """Return a function for each model, from states that leave its last layer, (rows, d), to logits (rows, words)."""
-        with ExitStack() as stack:
-            yield [stack.enter_context(_head_alone(model, self.context.family)) for model in (self.context.model, self.student)]
 
     def _product_format(self) -> AbstractContextManager[Any]:
         """Return the context in which the student's products have the dense model's dtype."""

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from benchmarks.parameter_page import render_reference
 from replaceme.base.entries import Task
 from replaceme.base.errors import ParameterError
 from replaceme.base.parameters import Params, read_params
-from replaceme.cli.reference import render_reference
 from replaceme.methods.registry import FIELDS, METHODS
 from tests.pipeline.closure import ROOT
 

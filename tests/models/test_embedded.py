@@ -59,4 +59,3 @@ def test_an_embedded_model_discloses_its_licence_and_origin(
     disclosure = f"({quantization}, GGUF) of {original}, widened to bfloat16: its weights and scores are not those of the orig"
     for text in (caplog.text, model.disclosure, *((model.folder / file).read_text() for file in ("README.md", "NOTICE"))):
         assert text.count(disclosure) == 1
-    assert {path.name for path in model.copied_files()} >= {"README.md", "NOTICE"}

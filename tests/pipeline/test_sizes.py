@@ -16,7 +16,7 @@ from replaceme.cli.main import COMMANDS, main
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
 from replaceme.pipeline import sizes
-from replaceme.pipeline.sizes import DEFAULT_SHARE, START_RISE, Size, apply_default_size, choose_start
+from replaceme.pipeline.sizes import DEFAULT_SHARE, START_RISE, apply_default_size, choose_start
 from replaceme.running.workspace import Workspace
 from replaceme.selection.blocks import smallest_blocks
 from tests.helpers import call
@@ -73,9 +73,9 @@ def _read_weights(model: Any) -> int:
 
 def test_one_starts_at_the_largest_size_within_the_tolerated_rise() -> None:
     rises = [0.0, 0.5 * START_RISE, 2 * START_RISE, 0.9 * START_RISE, 3 * START_RISE]
-    made = [Size(count, 1, rise, 1.0, 1.0, 1.0, None) for count, rise in enumerate(rises)]
-    assert choose_start(made) == made[3]
-    assert choose_start([made[0], made[2]]) is None
+    made = pd.DataFrame({"layers": range(5), "rise": rises})
+    assert choose_start(made) == 3
+    assert choose_start(made.loc[[0, 2]]) is None
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from replaceme.models.embedded import MODELS
 from replaceme.pipeline import report as stage
 from replaceme.report import page as page_module
 from replaceme.report.page import render
-from replaceme.report.tables import PUBLISHED
 from replaceme.running.workspace import Workspace
 from tests.report.helpers import LAYERS, made_distances, made_layers
 
@@ -246,7 +245,7 @@ def test_what_is_absent_is_left_out(show: Show, missing: tuple[str, ...]) -> Non
     page = show(evaluation={key: value for key, value in EVALUATION.items() if key not in missing})
     assert all(len(table) > 1 and all(any(cells[1:]) for cells in table) for table in page.tables)
     assert not re.search(r"\b(None|nan|Undefined)\b", page.text)
-    assert len(page.tables) == (4 if missing in (("accuracy",), ("perplexity", "word_perplexity", "byte_perplexity")) else 5)
+    assert len(page.tables) == (3 if missing in (("accuracy",), ("perplexity", "word_perplexity", "byte_perplexity")) else 4)
 
 
 def test_scores_on_calibration_text_are_marked_wherever_they_stand(show: Show) -> None:
@@ -284,8 +283,8 @@ def test_without_a_fit_the_page_says_so_and_with_several_each_has_a_column(show:
     assert "were removed by UIDL" in html
     later = {"block1": {**SOLVED, "tokens": 2222}, "corrected_linears": 18, "last_residual": 0.229}
     page = show(solved={**SOLVED, "tokens": 1111}, repaired=later, blocks=((1, 2), (4, 6)))
-    assert page.tables[-2][0] == ["", "block 0", "block 1", "meaning"]
-    assert ["calibration tokens", "1,111", "2,222", "used for the fit"] in page.tables[-2]
+    assert page.tables[-1][0] == ["", "block 0", "block 1", "meaning"]
+    assert ["calibration tokens", "1,111", "2,222", "used for the fit"] in page.tables[-1]
     assert "3 of 7" in page.text
     assert "Then 18 linears were solved again on the inputs that the shortened model gives them." in page.text
     assert "differs from the dense model's by 0.229" in page.text
@@ -333,16 +332,6 @@ def test_the_page_names_the_versions_and_says_what_an_embedded_model_is(params: 
         embedded, other = (params.model_copy(update={"model_path": path}) for path in (name, f"org/{name}"))
         assert f"{model.original}, widened to bfloat16" in show(embedded).text
         assert "widened" not in show(other).text
-
-
-def test_the_published_table_is_labelled_and_adds_up(show: Show) -> None:
-    page = show()
-    assert "published for Llama-2-7B (another model, other tasks and text): not comparable" in page.text
-    assert ["ReplaceMe, least squares", "91.9", "61.9", "71.5", "61.3", "69.8", "45.1"] in page.tables[-1]
-    dense = sum(PUBLISHED[0][3:]) / 4
-    for _, percent, average, *tasks in PUBLISHED:
-        assert sum(tasks) / 4 == pytest.approx(average, abs=0.06)
-        assert 100 * sum(tasks) / 4 / dense == pytest.approx(percent, abs=0.1)
 
 
 # --- What the page must not contain -------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ WITHOUT_MODEL = ModelContext(None, Family(), many_documents(2), 4)
 
 def without_model(monkeypatch: pytest.MonkeyPatch, measure: Callable[..., Any], dense: float = 1.5) -> None:
     """Replace the measured losses by a function, without a model."""
-    monkeypatch.setattr("replaceme.pipeline.select._load_context", lambda *_: WITHOUT_MODEL)
+    monkeypatch.setattr("replaceme.pipeline.select.calibration_context", lambda *_: WITHOUT_MODEL)
     monkeypatch.setattr(cut_loss, "dense_losses", lambda *_: of_one_domain(dense))
     monkeypatch.setattr(cut_loss, "cut_losses", measure)
 
