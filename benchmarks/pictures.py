@@ -25,9 +25,9 @@ def draw_healing(runs: pd.DataFrame) -> Figure:
     with drawing(LIGHT, 0.8 * WIDTH) as figure:
         axes = figure.add_subplot()
         for number, (layers, own) in enumerate(runs.sort_values("heal_tokens").groupby("layers")):
-            thousands, look = own["heal_tokens"] / 1000, {"color": LIGHT.series[number], "marker": "os"[number]}
-            errors: Any = {"yerr": own["unseen_stderr"], "capsize": 2, "lw": 1.6, "ms": 5.5}
-            axes.errorbar(thousands, own["unseen_ratio"], label=f"{layers} layers removed", **look, **errors)
+            thousands = own["heal_tokens"] / 1000
+            look: Any = {"color": LIGHT.series[number], "marker": "os"[number], "capsize": 2, "lw": 1.6, "ms": 5.5}
+            axes.errorbar(thousands, own["unseen_ratio"], own["unseen_stderr"], label=f"{layers} layers removed", **look)
             for x, ratio in zip(thousands, own["unseen_ratio"], strict=True):
                 axes.annotate(f"{ratio:.2f}", (x, ratio), (4, 6), textcoords="offset points")
         axes.set(xlabel="tokens trained on (thousands)", ylabel="perplexity of unseen text (times dense)", xlim=(-30, 1130))
