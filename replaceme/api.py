@@ -67,10 +67,9 @@ class Pruned:
         from transformers import AutoModelForCausalLM
 
         own_form = any(self.path.glob("*.py"))
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        return AutoModelForCausalLM.from_pretrained(
             self.path, **{"trust_remote_code": own_form, "local_files_only": True, **options}
         )
-        return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer."""

@@ -47,8 +47,7 @@ def healing_params(params: Params) -> Params:
 
 def split_fingerprints(fingerprints: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the part of ``replaceme.calibration.find.dataset_fingerprints`` that belongs to each source, in order."""
-    parts: list[Mapping[str, Any]] = fingerprints.get("sources", [fingerprints])
-    return parts
+    return fingerprints.get("sources", [fingerprints])
 
 
 def identify_sources(params: Params, fingerprints: Mapping[str, Any]) -> list[IdentifiedSource]:

@@ -100,7 +100,9 @@ class Command:
             from replaceme.pipeline import actions
             from replaceme.running.processes import run_in_processes
 
-            action, count = getattr(actions, self.action), params.processes if self.action in ("prune", "profile") else 1
+            action = getattr(actions, self.action)
+            # The others compute in one process.
+            count = params.processes if action in (actions.prune, actions.profile) else 1
             run_in_processes(count, lambda: action(params, **options), params.device)
 
     def make_parser(self, prog: str | None, full: bool) -> Parser:

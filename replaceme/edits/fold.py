@@ -172,7 +172,7 @@ def _original(family: Family, layers: nn.ModuleList, edits: Edits, layer: int, n
     """Return a parameter before the change of its linear: mixed, made of channels (a bias belongs to none), or the layer's."""
     if mixture := edits.mixtures.get(layer):
         assert set(mixture) - {layer} <= set(edits.removed_layers), "a kept layer is mixed into another one"
-        # Σ c_j θ_j
+        # Σ c_j θ_j over the layers' parameters of this name, float64
         parts = (coefficient * to_float64(parameter_of(layers[source], name)) for source, coefficient in mixture.items())
         return reduce(torch.add, parts)
     if layer in edits.channels and name in family.cut_parameters(layers[layer], "mlp_output"):

@@ -39,8 +39,7 @@ def task_manager() -> Any:
 
 def task_index() -> Mapping[str, Any]:
     """Return the entry of each task, group and tag by its name."""
-    index: Mapping[str, Any] = task_manager().task_index
-    return index
+    return task_manager().task_index
 
 
 def list_single_tasks(name: str) -> list[str]:

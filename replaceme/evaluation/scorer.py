@@ -64,11 +64,11 @@ class CausalScorer(TemplateLM):
         raise ModelError("model_path: the tokenizer has neither a bos nor an eos token, which an empty context needs.")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
-        return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False, verbose=False))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False, verbose=False)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[Score]:
         # The library's progress bar is over tokenization; ours is over the passes, which take the time.
-        return list(super().loglikelihood(requests, disable_tqdm=True))
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, by lm-eval's windows: as long as the model takes, without overlap."""

@@ -308,7 +308,7 @@ def _float32_computation(
 ) -> Iterator[None]:
     """Compute in float32 inside the block, although the weights stay in their own dtype: a layer's are cast while it runs.
 
-    With them, those of the layers that it reads: ``mixtures`` names them by layer.
+    So are those of other layers that it reads: ``mixtures`` has them by layer.
     """
     layers = family.decoder_layers(model)
     parts = {layer: [*layer.parameters()] for layer in layers}

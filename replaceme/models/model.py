@@ -229,7 +229,7 @@ class Model(ModelFiles):
         return {"config": config, "state_dict": tensors}
 
     def _check_complete(self, report: dict[str, Any]) -> None:
-        """Raise ModelError for a weight that the files lack, by transformers' report: it has filled it with random numbers."""
+        """Raise ModelError if transformers' report names a weight that the files lack; such are filled with random numbers."""
         missing = sorted(report["missing_keys"]) + sorted(str(entry[0]) for entry in report["mismatched_keys"])
         if missing:
             raise ModelError(

@@ -143,7 +143,7 @@ def residual_map(sample: TokenSample, device: torch.device | str) -> list[list[f
             errors.append((error.square().sum(dim=1, keepdim=True) * w[count:]).mean().sqrt())
         residuals[layer, layer + 1 :] = torch.stack(errors).cpu()
     all_reduce_sum({"residuals": residuals})
-    return [row.tolist() for row in residuals]
+    return residuals.tolist()
 
 
 def solve_small_ridge(gram: Tensor, cross: Tensor, width: int) -> Tensor:

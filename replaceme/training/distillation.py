@@ -237,9 +237,10 @@ class LogitDistillation:
         parts = [documents[start : start + size] for start in range(0, len(documents), size)]
         with self._adapters(parameters):
             loss = sum(self._loss_of_batch(part, count) for number, part in enumerate(parts) if shard().owns(number))
-        for parameter in parameters.values() if torch.is_grad_enabled() else ():
+        for parameter in parameters.values():
             # A process without a batch of this step adds nothing to it.
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if parameter.grad is None and torch.is_grad_enabled():
+                parameter.grad = torch.zeros_like(parameter)
         return loss
 
     def _loss_of_batch(self, documents: Sequence[int], count: int) -> float:

@@ -53,14 +53,21 @@ def test_tokenizer_chat_template_generation_config_and_licence_are_copied_byte_f
     source, result = copied(tiny, tmp_path / "source"), tmp_path / "result"
     # transformers would refuse to save such a generation config, or write it differently.
     config = '{"temperature": 0.7,\n "do_sample": false, "eos_token_id": [1, 5], "pad_token_id": 1}'
-    made = {"generation_config.json": config, "LICENSE": "yours", "LICENSE.md": "yours", "NOTICE": "ours", "notes": "mine"}
+    made = {
+        "generation_config.json": config,
+        "LICENSE": "yours",
+        "LICENSE.md": "yours",
+        "NOTICE": "ours",
+        "README.md": "card",
+        "notes": "mine",
+    }
     own = (source.folder / "tokenizer_config.json").read_text(encoding="utf-8")
     made["tokenizer_config.json"] = own.replace("TokenizersBackend", "PreTrainedTokenizerFast")
     for name, content in made.items():
         (source.folder / name).write_text(content, encoding="utf-8")
     save_pruned(source, edits_for(2, 2), result)
     kept = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
-    kept |= {"LICENSE", "LICENSE.md", "NOTICE"}
+    kept |= {"LICENSE", "LICENSE.md", "NOTICE", "README.md"}
     assert {path.name for path in result.iterdir()} == {*kept, "config.json", "model.safetensors"}
     for name in kept:
         assert (result / name).read_bytes() == (source.folder / name).read_bytes()

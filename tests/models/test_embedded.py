@@ -10,6 +10,7 @@ from replaceme.base.errors import ResourceError
 from replaceme.base.parameters import read_params
 from replaceme.models import embedded, packages
 from replaceme.models.find import find_model
+from replaceme.models.model_files import CARD_FILES
 
 
 def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -59,3 +60,4 @@ def test_an_embedded_model_discloses_its_licence_and_origin(
     disclosure = f"({quantization}, GGUF) of {original}, widened to bfloat16: its weights and scores are not those of the orig"
     for text in (caplog.text, model.disclosure, *((model.folder / file).read_text() for file in ("README.md", "NOTICE"))):
         assert text.count(disclosure) == 1
+    assert {path.name for path in model.files(CARD_FILES)} >= {"README.md", "NOTICE"}

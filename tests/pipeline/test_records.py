@@ -5,6 +5,7 @@ import re
 import pandas as pd
 import pytest
 
+from benchmarks.pictures import STARTS
 from replaceme.base.files import read_json
 from replaceme.evaluation.tables import format_score_comparison
 from replaceme.export.card import describe_check
@@ -16,11 +17,10 @@ KEYS = ["model", "layers", "start", "heal_tokens"]
 QUALITY = pd.read_csv(RECORDS / "quality.csv").set_index(KEYS)
 DEMO, LARGER = (QUALITY.loc[name] for name in ("smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct"))
 SERVING = pd.read_csv(RECORDS / "serving.csv", dtype={"version": str})
-NOTHING, REPAIR = "nothing in their place", "repair, 64k tokens"
+NOTHING, (REPAIR, OWN) = "nothing in their place", STARTS.values()
 # The demo without 4 layers: plain removal, the default, healed.
 FOUR = [DEMO.loc["4 of 30", NOTHING, 0]] + [DEMO.loc["4 of 30", REPAIR, count] for count in (0, 131_000, 250_000)]
 # Without 8 layers, healed at two rates, and from a repair on text of its own too.
-OWN = f"{REPAIR}, a quarter of them its own"
 EIGHT = [DEMO.loc["8 of 30", start, 250_000] for start in (REPAIR, f"{REPAIR}; rate 3e-4", OWN)]
 EIGHT.append(DEMO.loc["8 of 30", OWN, 1_000_000])
 
@@ -33,10 +33,7 @@ def read_words(page: str) -> str:
 def test_the_readmes_headline_is_the_records() -> None:
     assert QUALITY.index.is_unique
     plain, default, _, healed = FOUR
-    eight_plain, eight = (
-        DEMO.loc["8 of 30", NOTHING, 0],
-        DEMO.loc["8 of 30", OWN, 0],
-    )
+    eight_plain, eight = DEMO.loc["8 of 30", NOTHING, 0], DEMO.loc["8 of 30", OWN, 0]
     larger_plain, larger = LARGER.loc["7 of 28", NOTHING, 0], LARGER.loc["7 of 28", "repair, 20k tokens", 0]
     sentences = [
         f"| × {plain.unseen_ratio:.2f} | **× {default.unseen_ratio:.2f}** | **× {healed.unseen_ratio:.2f}** |",
