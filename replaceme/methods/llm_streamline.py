@@ -121,7 +121,6 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
         LearningRateSchedule,
         checkpoint_settings,
         record_entry_and_exit,
-        summarize_training,
         train,
         write_curves,
     )
@@ -147,11 +146,11 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
     }
     key = checkpoint_key(settings, [*context.documents.documents, inputs, targets, *layer.parameters()])
     trained = distillation.trainable_parameters()
-    curves = train(distillation, trained, plan, context.checkpoints, key)
+    curves, figures = train(distillation, trained, plan, context.checkpoints, key)
     write_curves(context.output, curves)
     context.edits.title = TITLES[own.llm_streamline_form]
     context.edits.model_edit = trained_edit(family, layer, index, trained, without, plain=params.plain)
-    return summarize_training(curves, trained)
+    return figures
 
 
 def trained_edit(

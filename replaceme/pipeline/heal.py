@@ -146,7 +146,7 @@ def _train(params: Params, work: Workspace, context: ModelContext) -> tuple[Edit
     from replaceme.models.find import recorded_model
     from replaceme.training.checkpoints import checkpoint_key
     from replaceme.training.distillation import LogitDistillation, plan_steps
-    from replaceme.training.training import checkpoint_settings, summarize_training, train
+    from replaceme.training.training import checkpoint_settings, train
 
     plan = Plan.load(work.plan)
     # With narrower MLPs, the states differ from the dense model's from the first layer on.
@@ -162,10 +162,10 @@ def _train(params: Params, work: Workspace, context: ModelContext) -> tuple[Edit
         "computing": [params.dtype, params.batch_size],
     }
     parameters = task.trainable_parameters()
-    curves = train(task, parameters, steps, work.heal_checkpoints, checkpoint_key(settings, ()))
+    curves, figures = train(task, parameters, steps, work.heal_checkpoints, checkpoint_key(settings, ()))
     edits = task.healed_edits(parameters, stored_dtype(recorded_model(params, work.model_input)))
     tokens = sum(map(task.batches.token_count, steps.documents))
-    return edits, {"training_tokens": tokens, **summarize_training(curves, parameters)}, curves
+    return edits, {"training_tokens": tokens, **figures}, curves
 
 
 STAGE = Stage(

@@ -52,8 +52,9 @@ CURVES = ("loss", "held_out_loss")
 WEIGHT_DECAY, BETAS, CLIP, WARM_UP, FLOOR = 1e-3, (0.9, 0.999), 5.0, 0.01, 0.25
 # Seed of the documents' order.
 SEED = 0
-# Folders of checkpoints: the last one, and that after the steps that a longer training has too.
-LAST, SHARED = "checkpoint", "shared"
+# Folders of checkpoints: the last one, that after the steps that a longer training has too, and the weights that had the lowest
+# loss on held-out documents before the rate fell.
+LAST, SHARED, BEST = "checkpoint", "shared", "best"
 # Of a checkpoint, for each trained weight: itself and both moments.
 CHECKPOINT_BYTES = 12
 # About one document in so many is held out, by whole texts; their loss is evaluated about this often in a training.
@@ -207,8 +208,13 @@ def shuffled_batches(documents: Sequence[int], epoch: int, batch_size: int) -> l
     return [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
 
 
-def train(task: TrainingTask, parameters: dict[str, Tensor], plan: StepPlan, folder: Path, key: str) -> Curves:
+def train(
+    task: TrainingTask, parameters: dict[str, Tensor], plan: StepPlan, folder: Path, key: str
+) -> tuple[Curves, dict[str, Any]]:
     """Train weights.
+
+    Of a plan with shared steps, the weights at the end are those with the lowest loss on the held-out documents, of those after
+    the last step and those at the evaluations before the rate falls: a training never ends worse there than it began.
 
     Args:
         task: the task to learn.
@@ -218,7 +224,7 @@ def train(task: TrainingTask, parameters: dict[str, Tensor], plan: StepPlan, fol
         key: digest of all that the training depends on besides the plan (``replaceme.training.checkpoints``).
 
     Returns:
-        The curves.
+        The curves, and figures of the training.
 
     Raises:
         SolveError: the loss is not finite.
@@ -229,7 +235,8 @@ def train(task: TrainingTask, parameters: dict[str, Tensor], plan: StepPlan, fol
         for step in progress(left, "training", "steps", note=run.describe):
             run.take_step(step)
         run.evaluate(len(plan.documents))
-    return run.curves
+        kept = run.take_best()
+    return run.curves, _summarize(run.curves, parameters, kept)
 
 
 class TrainingRun:
@@ -270,6 +277,23 @@ class TrainingRun:
         """Record the held-out loss before the steps of the plan, and after the last."""
         if self.plan.held_out and (step == len(self.plan.documents) or step in self.plan.evaluated):
             self.record_loss("held_out_loss", step, self.mean_loss(self.plan.held_out))
+            if rank() == 0 and self._best_step() == step < len(self.plan.documents):
+                save_checkpoint(self.folder / BEST, self._key_after(step), {}, self._weights())
+
+    def take_best(self) -> int:
+        """Take the weights with the lowest held-out loss; return the number of steps before them."""
+        if (step := self._best_step()) < self.step:
+            best = load_checkpoint(self.folder / BEST, self._key_after(step))
+            if all(all_gather(best is not None)) and best:
+                self._set_weights(best[1])
+                return step
+        return self.step
+
+    def _best_step(self) -> int:
+        """Return the step with the lowest held-out loss so far, of the shared ones and the last; without any, the last."""
+        last, shared = len(self.plan.documents), self.plan.shared
+        losses = [(loss, -step) for step, loss in self.curves["held_out_loss"] if step == last or (shared and step <= shared)]
+        return -min(losses, default=(0.0, -last))[1]
 
     def mean_loss(self, documents: Sequence[int]) -> float:
         """Return the mean loss on documents, all tokens weighted equally."""
@@ -297,19 +321,20 @@ class TrainingRun:
     def save(self, checkpoint: str) -> None:
         """Write a checkpoint into the folder with this name."""
         with self.timer.saving():
-            tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
+            tensors = self._weights()
             for name, parameter in self.parameters.items():
                 tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
             state = {"step": self.step, "curves": self.curves}
             save_checkpoint(self.folder / checkpoint, self._key_after(self.step), state, tensors)
 
     def _require_space(self) -> None:
-        """Raise ResourceError if the disk has no room for the last checkpoint, its successor and the shared one."""
+        """Raise ResourceError if the disk has no room for the last checkpoint, its successor, the shared and the best one."""
         size = CHECKPOINT_BYTES * sum(parameter.numel() for parameter in self.parameters.values())
-        files = [self.folder / name / TENSORS for name in (LAST, SHARED)]
+        files = [self.folder / name / TENSORS for name in (LAST, SHARED, BEST)]
         # What this training will replace.
         written = sum(min(path.stat().st_size, size) for path in files if path.is_file())
-        needed = size * (3 if self.plan.shared else 2) - written
+        # What replaces the best weights takes the room of the last one's successor.
+        needed = (3 * size + size // 3 if self.plan.shared else 2 * size) - written
         require_space(self.folder, needed, "the checkpoints of the training need another {}")
 
     def _key_after(self, steps: int) -> str:
@@ -334,13 +359,20 @@ class TrainingRun:
         self.step = state["step"]
         self.tokens = sum(map(self.task.batches.token_count, self.plan.documents[: self.step]))
         self.curves = {name: [*map(tuple, rows)] for name, rows in state["curves"].items()}
+        self._set_weights(tensors)
         for name, parameter in self.parameters.items():
-            parameter.data.copy_(tensors[f"weight.{name}"])
             self.optimizer.state[parameter] = {
                 # AdamW keeps its step count on the CPU.
                 part: tensors[f"{part}.{name}"].to("cpu" if part == "step" else parameter.device)
                 for part in ("step", "exp_avg", "exp_avg_sq")
             }
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
+
+    def _set_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(tensors[f"weight.{name}"])
 
 
 def write_curves(folder: Path, curves: Curves) -> None:
@@ -357,8 +389,14 @@ def add_row(folder: Path, name: str, step: int, value: float) -> None:
         table.write(f"{step}\t{round_floats(value, 9)}\n")
 
 
-def summarize_training(curves: Curves, parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return and log the figures of a training. The loss of one batch is noisy, so the first and last eighths are averaged."""
+def _summarize(curves: Curves, parameters: Mapping[str, Tensor], kept: int) -> dict[str, Any]:
+    """Return and log the figures of a training. The loss of one batch is noisy, so the first and last eighths are averaged.
+
+    Args:
+        curves: its curves.
+        parameters: what was trained.
+        kept: the step whose weights were kept.
+    """
     losses, held_out = [loss for _, loss in curves["loss"]], [loss for _, loss in curves["held_out_loss"]]
     part = max(len(losses) // 8, 1)
     figures = {
@@ -371,7 +409,15 @@ def summarize_training(curves: Curves, parameters: Mapping[str, Tensor]) -> dict
     if held_out:
         figures |= {"held_out_loss_first": held_out[0], "held_out_loss_last": held_out[-1]}
         said += f", on held-out documents {held_out[0]:.4g} to {held_out[-1]:.4g}"
-        if held_out[-1] >= held_out[0]:
+        if kept < len(losses):
+            logger.warning(
+                "training: the loss on held-out documents was lowest after step %d of %d; its weights are kept; a lower"
+                " learning rate or more text may help",
+                kept,
+                len(losses),
+            )
+            figures["kept_step"] = kept
+        elif held_out[-1] >= held_out[0]:
             logger.warning("training: the loss on held-out documents did not fall; a lower learning rate or more text may help")
     logger.info("training: %d steps, %s", len(losses), said)
     return figures

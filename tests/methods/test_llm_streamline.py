@@ -56,7 +56,7 @@ def trained(model: Any, documents: Documents, schedule: LearningRateSchedule, fo
 def trained_on(distillation: LayerDistillation, schedule: LearningRateSchedule, folder: Path, key: str = "") -> Any:
     """Return the trained parameters, and the curves."""
     parameters, plan = distillation.trainable_parameters(), schedule.plan(distillation.documents.in_walk_order().sources)
-    return parameters, train(distillation, parameters, plan, folder, key)
+    return parameters, train(distillation, parameters, plan, folder, key)[0]
 
 
 def trained_by(source: Model, documents: Documents, folder: Path, **options: Any) -> tuple[Edits, TrainedLayer]:

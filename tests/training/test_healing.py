@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from errno import ENOSPC
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ from replaceme.pipeline.solve import solve
 from replaceme.running.workspace import Workspace
 from replaceme.training import distillation
 from replaceme.training.distillation import LogitDistillation, plan_steps
-from replaceme.training.training import StepPlan, train
+from replaceme.training.training import StepPlan, TrainingRun, train
 from tests.conftest import REPRESENTATIVES, WIDTH, made_model, made_text
 from tests.helpers import many_documents
 from tests.interruption import InterruptedRunError, counted, stop_at
@@ -123,7 +124,7 @@ def test_a_training_equals_a_plain_loop_of_torch(tmp_path: Path) -> None:
     model = made_model()
     task = task_of(model, edits_of(model, transform="channels", repair=True), count=24)
     plain, parameters = shortened(model, task.edits), task.trainable_parameters()
-    steps = plan_steps(task.documents, [1.0], 300, 40, 1e-3)
+    steps = replace(plan_steps(task.documents, [1.0], 300, 40, 1e-3), held_out=[])
     train(task, parameters, steps, tmp_path, "")
     learners = [plain.get_parameter(name) for name in parameters]
     optimizer = torch.optim.AdamW(learners, lr=1.0, betas=(0.9, 0.95), weight_decay=1e-3)
@@ -416,13 +417,36 @@ def test_a_plan_without_steps_that_are_shared_keeps_no_checkpoint(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held_out_loss.tsv", "loss.tsv"]
 
 
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
+@pytest.mark.parametrize("best", [0, 8])
+def test_a_training_whose_curve_turned_ends_with_the_weights_before(
+    best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, seen = task_of(made_model(), Edits("", [*BLOCK.layers])), dict[int, dict[str, Tensor]]()
+
+    def mean_loss(run: TrainingRun, _documents: Any) -> float:
+        seen[run.step] = {name: value.detach().clone() for name, value in run.parameters.items()}
+        return 1.0 if run.step == best else 2.0
+
+    monkeypatch.setattr(TrainingRun, "mean_loss", mean_loss)
+    documents = [[2 + step % 6] for step in range(20)]
+    steps = StepPlan(documents, [1e-3] * 20, [0, 1], "heal_learning_rate", evaluated=(0, 8, 16), shared=16)
+    with counted(stop_at(12)), pytest.raises(InterruptedRunError):
+        train(task, task.trainable_parameters(), steps, tmp_path, "")
+    resumed = task_of(made_model(), Edits("", [*BLOCK.layers])).trainable_parameters()
+    _, figures = train(task, resumed, steps, tmp_path, "")
+    assert figures["kept_step"] == best
+    assert all(value.equal(seen[best][name]) for name, value in resumed.items())
+    assert not all(value.equal(seen[20][name]) for name, value in resumed.items())
+
+
 def test_a_disk_without_room_for_the_checkpoints_is_named_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = task_of(made_model(), Edits("", [*BLOCK.layers]))
     parameters, plan = task.trainable_parameters(), plan_steps(task.documents, [1.0], 60, 20, 1e-3)
-    # Weights and both moments; the last checkpoint, the one that replaces it, and the shared one.
-    needed = 3 * 12 * sum(parameter.numel() for parameter in parameters.values())
+    # Weights and both moments; the last checkpoint, the one that replaces it, and the shared one; and the best weights.
+    needed = (3 * 12 + 4) * sum(parameter.numel() for parameter in parameters.values())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(ResourceError, match="the checkpoints of the training need another"):
         train(task, parameters, plan, tmp_path, "")
