@@ -36,7 +36,9 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
     costs = {name: cost for name in COMPRESSION if (cost := _read_cost(name, params, work))}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
     is_plain = read_remembered(work.metric("check")).get("plain_removal_is_exported", False)
-    figures: dict[str, Any] = {"trained": (METHODS[params.method].trained or params.heal_tokens > 0) and not is_plain}
+    # A healing that made the model worse is not in the result.
+    is_healed = params.heal_tokens > 0 and read_remembered(work.metric("heal")).get("kept_step") != 0
+    figures: dict[str, Any] = {"trained": (METHODS[params.method].trained or is_healed) and not is_plain}
     if costs:
         figures |= {"stage_seconds": seconds, "machines": sorted({cost["machine"] for cost in costs.values()})}
     if missing := len(COMPRESSION) - len(costs):

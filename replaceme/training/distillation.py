@@ -87,7 +87,7 @@ def plan_steps(
         size, left = size + lengths[index], left - lengths[index]
     count, decay = len(steps), math.ceil(DECAY * len(steps))
     rates = [learning_rate * min((step + 1) / WARM_UP_STEPS, 1, (count - step) / (decay + 1)) for step in range(count)]
-    evaluated = {0, *(FIRST_EVALUATION << power for power in range(count.bit_length()))}
+    evaluated = {0, count - decay, *(FIRST_EVALUATION << power for power in range(count.bit_length()))}
     return StepPlan(steps, rates, held_out, "heal_learning_rate", evaluated, count - decay, BETAS, CLIP)
 
 

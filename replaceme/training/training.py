@@ -52,9 +52,8 @@ CURVES = ("loss", "held_out_loss")
 WEIGHT_DECAY, BETAS, CLIP, WARM_UP, FLOOR = 1e-3, (0.9, 0.999), 5.0, 0.01, 0.25
 # Seed of the documents' order.
 SEED = 0
-# Folders of checkpoints: the last one, that after the steps that a longer training has too, and the weights that had the lowest
-# loss on held-out documents before the rate fell.
-LAST, SHARED, BEST = "checkpoint", "shared", "best"
+# Folders of checkpoints: the last one, and that after the steps that a longer training has too.
+LAST, SHARED = "checkpoint", "shared"
 # Of a checkpoint, for each trained weight: itself and both moments.
 CHECKPOINT_BYTES = 12
 # About one document in so many is held out, by whole texts; their loss is evaluated about this often in a training.
@@ -71,7 +70,8 @@ class StepPlan:
         held_out: documents that no step takes.
         rate_name: name of the parameter that sets the learning rate, for messages.
         evaluated: the steps before which the loss on those held out is evaluated; it is after the last one too.
-        shared: the number of first steps that a longer training has too; a checkpoint after them is kept.
+        shared: the number of first steps that a longer training has too; a checkpoint after them is kept. Its weights are the
+            result if the held-out loss is evaluated there and lower than after the last step.
         betas: AdamW's.
         clip: the gradient norm to clip at.
     """
@@ -213,8 +213,8 @@ def train(
 ) -> tuple[Curves, dict[str, Any]]:
     """Train weights.
 
-    Of a plan with shared steps, the weights at the end are those with the lowest loss on the held-out documents, of those after
-    the last step and those at the evaluations before the rate falls: a training never ends worse there than it began.
+    If the loss on the held-out documents was lower after the shared steps than after the last one, the weights after the former
+    are kept.
 
     Args:
         task: the task to learn.
@@ -235,7 +235,7 @@ def train(
         for step in progress(left, "training", "steps", note=run.describe):
             run.take_step(step)
         run.evaluate(len(plan.documents))
-        kept = run.take_best()
+        kept = run.take_better()
     return run.curves, _summarize(run.curves, parameters, kept)
 
 
@@ -277,23 +277,16 @@ class TrainingRun:
         """Record the held-out loss before the steps of the plan, and after the last."""
         if self.plan.held_out and (step == len(self.plan.documents) or step in self.plan.evaluated):
             self.record_loss("held_out_loss", step, self.mean_loss(self.plan.held_out))
-            if rank() == 0 and self._best_step() == step < len(self.plan.documents):
-                save_checkpoint(self.folder / BEST, self._key_after(step), {}, self._weights())
 
-    def take_best(self) -> int:
-        """Take the weights with the lowest held-out loss; return the number of steps before them."""
-        if (step := self._best_step()) < self.step:
-            best = load_checkpoint(self.folder / BEST, self._key_after(step))
-            if all(all_gather(best is not None)) and best:
-                self._set_weights(best[1])
-                return step
+    def take_better(self) -> int:
+        """Take the weights after the shared steps, if their held-out loss is lower; return the number of steps taken in all."""
+        losses, shared = dict(self.curves["held_out_loss"]), self.plan.shared
+        if shared in losses and losses[shared] < losses[self.step]:
+            checkpoint = load_checkpoint(self.folder / SHARED, self._key_after(shared))
+            if all(all_gather(checkpoint is not None)) and checkpoint:
+                self._restore_weights(checkpoint[1])
+                return shared
         return self.step
-
-    def _best_step(self) -> int:
-        """Return the step with the lowest held-out loss so far, of the shared ones and the last; without any, the last."""
-        last, shared = len(self.plan.documents), self.plan.shared
-        losses = [(loss, -step) for step, loss in self.curves["held_out_loss"] if step == last or (shared and step <= shared)]
-        return -min(losses, default=(0.0, -last))[1]
 
     def mean_loss(self, documents: Sequence[int]) -> float:
         """Return the mean loss on documents, all tokens weighted equally."""
@@ -321,20 +314,19 @@ class TrainingRun:
     def save(self, checkpoint: str) -> None:
         """Write a checkpoint into the folder with this name."""
         with self.timer.saving():
-            tensors = self._weights()
+            tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
             for name, parameter in self.parameters.items():
                 tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
             state = {"step": self.step, "curves": self.curves}
             save_checkpoint(self.folder / checkpoint, self._key_after(self.step), state, tensors)
 
     def _require_space(self) -> None:
-        """Raise ResourceError if the disk has no room for the last checkpoint, its successor, the shared and the best one."""
+        """Raise ResourceError if the disk has no room for the last checkpoint, its successor and the shared one."""
         size = CHECKPOINT_BYTES * sum(parameter.numel() for parameter in self.parameters.values())
-        files = [self.folder / name / TENSORS for name in (LAST, SHARED, BEST)]
+        files = [self.folder / name / TENSORS for name in (LAST, SHARED)]
         # What this training will replace.
         written = sum(min(path.stat().st_size, size) for path in files if path.is_file())
-        # What replaces the best weights takes the room of the last one's successor.
-        needed = (3 * size + size // 3 if self.plan.shared else 2 * size) - written
+        needed = size * (3 if self.plan.shared else 2) - written
         require_space(self.folder, needed, "the checkpoints of the training need another {}")
 
     def _key_after(self, steps: int) -> str:
@@ -359,7 +351,7 @@ class TrainingRun:
         self.step = state["step"]
         self.tokens = sum(map(self.task.batches.token_count, self.plan.documents[: self.step]))
         self.curves = {name: [*map(tuple, rows)] for name, rows in state["curves"].items()}
-        self._set_weights(tensors)
+        self._restore_weights(tensors)
         for name, parameter in self.parameters.items():
             self.optimizer.state[parameter] = {
                 # AdamW keeps its step count on the CPU.
@@ -367,10 +359,7 @@ class TrainingRun:
                 for part in ("step", "exp_avg", "exp_avg_sq")
             }
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
-
-    def _set_weights(self, tensors: Mapping[str, Tensor]) -> None:
+    def _restore_weights(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"weight.{name}"])
 
@@ -395,9 +384,9 @@ def _summarize(curves: Curves, parameters: Mapping[str, Tensor], kept: int) -> d
     Args:
         curves: its curves.
         parameters: what was trained.
-        kept: the step whose weights were kept.
+        kept: the number of steps after which the weights were kept.
     """
-    losses, held_out = [loss for _, loss in curves["loss"]], [loss for _, loss in curves["held_out_loss"]]
+    losses, held_out = [loss for _, loss in curves["loss"]], dict(curves["held_out_loss"])
     part = max(len(losses) // 8, 1)
     figures = {
         "trained_parameters": sum(parameter.numel() for parameter in parameters.values()),
@@ -407,19 +396,16 @@ def _summarize(curves: Curves, parameters: Mapping[str, Tensor], kept: int) -> d
     }
     said = f"loss {figures['training_loss_first']:.4g} to {figures['training_loss_last']:.4g}"
     if held_out:
-        figures |= {"held_out_loss_first": held_out[0], "held_out_loss_last": held_out[-1]}
-        said += f", on held-out documents {held_out[0]:.4g} to {held_out[-1]:.4g}"
-        if kept < len(losses):
-            logger.warning(
-                "training: the loss on held-out documents was lowest after step %d of %d; its weights are kept; a lower"
-                " learning rate or more text may help",
-                kept,
-                len(losses),
-            )
-            figures["kept_step"] = kept
-        elif held_out[-1] >= held_out[0]:
-            logger.warning("training: the loss on held-out documents did not fall; a lower learning rate or more text may help")
+        figures |= {"kept_step": kept, "held_out_loss_first": held_out[0], "held_out_loss_last": held_out[kept]}
+        said += f", on held-out documents {held_out[0]:.4g} to {held_out[kept]:.4g}"
     logger.info("training: %d steps, %s", len(losses), said)
+    if kept < len(losses):
+        logger.warning(
+            "training: the loss on held-out documents rose to %.4g after step %d, whose weights are kept; fewer tokens or"
+            " more text may help", held_out[len(losses)], kept,
+        )  # fmt: skip
+    elif held_out and held_out[kept] >= held_out[0]:
+        logger.warning("training: the loss on held-out documents did not fall; a lower learning rate or more text may help")
     return figures
 
 

@@ -47,6 +47,7 @@ from replaceme.pipeline.profile import profile
 from replaceme.pipeline.repair import repair
 from replaceme.pipeline.select import select
 from replaceme.pipeline.solve import solve
+from replaceme.report.sentences import describe_healing
 from replaceme.running.workspace import Workspace
 from replaceme.training import distillation
 from replaceme.training.distillation import LogitDistillation, plan_steps
@@ -417,27 +418,50 @@ def test_a_plan_without_steps_that_are_shared_keeps_no_checkpoint(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held_out_loss.tsv", "loss.tsv"]
 
 
-@pytest.mark.usefixtures("checkpoint_at_each_chance")
-@pytest.mark.parametrize("best", [0, 8])
-def test_a_training_whose_curve_turned_ends_with_the_weights_before(
-    best: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task, seen = task_of(made_model(), Edits("", [*BLOCK.layers])), dict[int, dict[str, Tensor]]()
+def held_out_losses(monkeypatch: pytest.MonkeyPatch, before: float, shared: float, last: float) -> None:
+    """Let trainings find these losses on held-out documents: before the first step, after the shared ones, after the last."""
 
     def mean_loss(run: TrainingRun, _documents: Any) -> float:
-        seen[run.step] = {name: value.detach().clone() for name, value in run.parameters.items()}
-        return 1.0 if run.step == best else 2.0
+        if run.step in (run.plan.shared, len(run.plan.documents)):
+            return shared if run.step == run.plan.shared else last
+        return before
 
     monkeypatch.setattr(TrainingRun, "mean_loss", mean_loss)
-    documents = [[2 + step % 6] for step in range(20)]
-    steps = StepPlan(documents, [1e-3] * 20, [0, 1], "heal_learning_rate", evaluated=(0, 8, 16), shared=16)
-    with counted(stop_at(12)), pytest.raises(InterruptedRunError):
-        train(task, task.trainable_parameters(), steps, tmp_path, "")
-    resumed = task_of(made_model(), Edits("", [*BLOCK.layers])).trainable_parameters()
-    _, figures = train(task, resumed, steps, tmp_path, "")
-    assert figures["kept_step"] == best
-    assert all(value.equal(seen[best][name]) for name, value in resumed.items())
-    assert not all(value.equal(seen[20][name]) for name, value in resumed.items())
+
+
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
+@pytest.mark.parametrize("stopped", [2, 5], ids=["before the rate fell", "after it"])
+def test_if_the_curve_turned_the_weights_before_the_rate_fell_are_kept(
+    stopped: int, healing: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last, one, two = (Workspace(tmp_path / name) for name in ("last", "one", "two"))
+    run(healing, last, to_export=False)
+    for work in (one, two):
+        run(healing.model_copy(update={"heal_tokens": 0}), work, to_export=False)
+    held_out_losses(monkeypatch, 3.0, 1.0, 2.0)
+    heal(healing, one)
+    figures = read_json(one.metric("heal"))
+    assert 0 < figures["kept_step"] < figures["training_steps"]
+    assert figures["held_out_loss_last"] == 1.0
+    assert sha256_below(one.healed) != sha256_below(last.healed)
+    with counted(stop_at(stopped)), pytest.raises(InterruptedRunError):
+        heal(healing, two)
+    heal(healing, two)
+    assert sha256_below(two.healed) == sha256_below(one.healed)
+
+
+def test_a_training_that_made_the_model_worse_is_not_exported(
+    healing: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Workspace(tmp_path / "run")
+    held_out_losses(monkeypatch, 1.0, 3.0, 2.0)
+    run(healing, work)
+    figures = read_json(work.metric("heal"))
+    assert (figures["kept_step"], figures["held_out_loss_last"]) == (0, 2.0)
+    assert sha256_below(work.healed)["edits.json"] == sha256_below(work.repaired)["edits.json"]
+    assert compression_figures(healing, work)["trained"] is False
+    assert " were trained on " not in (work.model / "README.md").read_text(encoding="utf-8")
+    assert describe_healing(figures).endswith("The weights from before the training were kept.")
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_named_before_the_first_step(
@@ -445,8 +469,8 @@ def test_a_disk_without_room_for_the_checkpoints_is_named_before_the_first_step(
 ) -> None:
     task = task_of(made_model(), Edits("", [*BLOCK.layers]))
     parameters, plan = task.trainable_parameters(), plan_steps(task.documents, [1.0], 60, 20, 1e-3)
-    # Weights and both moments; the last checkpoint, the one that replaces it, and the shared one; and the best weights.
-    needed = (3 * 12 + 4) * sum(parameter.numel() for parameter in parameters.values())
+    # Weights and both moments; the last checkpoint, the one that replaces it, and the shared one.
+    needed = 3 * 12 * sum(parameter.numel() for parameter in parameters.values())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(ResourceError, match="the checkpoints of the training need another"):
         train(task, parameters, plan, tmp_path, "")
