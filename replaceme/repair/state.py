@@ -92,7 +92,7 @@ class RepairState:
 
     def walk_dense(self, layer: int, observers: Sequence[Observer]) -> None:
         """Walk through the dense model, from a layer that its states enter."""
-        walk(self.context, observers, description=None, start=EntryState(layer, self.dense))
+        walk(self.context, observers, description=f"layer {layer}, dense", start=EntryState(layer, self.dense))
         self._evict_others(layer)
 
     def walk_shortened(self, layer: int, observers: Sequence[Observer], documents: Documents | None = None) -> None:
@@ -101,7 +101,7 @@ class RepairState:
         # Only this layer computes, so only its edits are needed.
         context = self.context.with_documents(documents) if documents else self.context
         with unfused(context.model, context.family, self.edits.select_layers([layer])):
-            walk(context, observers, description=None, start=EntryState(layer, self.shortened, known))
+            walk(context, observers, description=f"layer {layer}, shortened", start=EntryState(layer, self.shortened, known))
         self._evict_others(layer)
 
     def _evict_others(self, layer: int) -> None:

@@ -49,7 +49,11 @@ class CandidateEvaluation:
 
     def record_states(self, layers: Iterable[int]) -> None:
         """Store the states that enter these layers in the model, hooks included."""
-        walk(self.context, [RecordStates(layer, ("input",), self.entering[layer]) for layer in layers], description=None)
+        walk(
+            self.context,
+            [RecordStates(layer, ("input",), self.entering[layer]) for layer in layers],
+            description="walking to the cuts",
+        )
 
     @contextmanager
     def candidate(self, edits: Edits, layer: int) -> Iterator[Iterator[Batch]]:

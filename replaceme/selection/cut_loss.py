@@ -183,7 +183,7 @@ def _refit(context: ModelContext, blocks: Sequence[Block], cuts: Sequence[Edits]
         part = range(first, min(first + at_once, len(blocks)))
         grams = {number: feature_gram(blocks[number], features[number], last_linears[number]) for number in part}
         walk(context, [*grams.values()], description="fitting the best cuts")
-        for number, gram in grams.items():
+        for number, gram in progress(grams.items(), "solving for the best cuts", "cuts"):
             sums = gram.solvable_sums()
             # An MLP that adds nothing has no map to start from: this cut is measured without a fit.
             if alpha := RIDGE * float(sums["added_gram"].diagonal().mean()):

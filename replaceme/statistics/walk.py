@@ -123,8 +123,8 @@ def _walk_by_layer(
     first = start.layer if start else 0
     observers = [*observers, _CarryStates(range(first, stop))]
     signals_by_layer = _signals_by_layer(observers)
-    numbers: Iterable[int] = range(first, max(signals_by_layer) + 1)
-    for layer in numbers if description is None else progress(numbers, description, "layers"):
+    numbers = range(first, max(signals_by_layer) + 1)
+    for layer in numbers if description is None or len(numbers) == 1 else progress(numbers, description, "layers"):
         begin = start if layer == first else EntryState(layer, None)
         with _Tap(context, {layer: signals_by_layer[layer]}, observers, begin) as tap:
             for batch in batches:
