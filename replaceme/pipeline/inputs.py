@@ -8,8 +8,10 @@ with. Models that can't be pruned are refused here, before any work.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 from typing import Any
 
+from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.entries import SELF, dataset_title
 from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError, renaming
 from replaceme.base.files import new_folder, write_json
@@ -24,6 +26,7 @@ from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.checks import check_weights
 from replaceme.models.devices import resolve_device
 from replaceme.models.dtypes import dtype_name, stored_dtype, working_dtype
+from replaceme.models.families import inputs_of
 from replaceme.models.find import find_model, identity
 from replaceme.models.formats import resolve_formats
 from replaceme.models.memory import format_size, proof_budget, weight_budget, weight_bytes
@@ -36,6 +39,10 @@ from replaceme.running.versions import FORMAT, FOUR_BIT, MODEL, SCORES, TEXT, ve
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import apply_budget
 from replaceme.selection.criteria import allowed_starts
+
+# Calibration tokens for each channel of an MLP: with fewer, a warning; and with how many new weights were seen to gain on all
+# kinds of text (docs/scale.md: 2 and 7 of a 1.5B model).
+FEW_TOKENS, ENOUGH_TOKENS = 4, 7
 
 
 def inspect_inputs(params: Params, work: Workspace) -> None:
@@ -63,6 +70,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         checked = _check_model(params, model)
         if has_device:
             _log_needs(checked, model)
+        _warn_of_little_text(params, model)
         model.tokenizer()
         content[work.model_input.name] = identity(model)
         content[work.tokenizer_input.name] = identity(model, model.tokenizer_files())
@@ -143,6 +151,21 @@ def _log_needs(params: Params, model: Model) -> None:
     most = min((each for each in budgets if each), default=whole)
     streamed = " (streamed where they are larger)" if any(budgets) else ""
     logger.info("memory: weights take up to %s%s", format_size(most), streamed)
+
+
+def _warn_of_little_text(params: Params, model: Model) -> None:
+    """Warn if there is less text than the new weights of an MLP need."""
+    if not params.repair and params.transform not in NEW_WEIGHTS:
+        return
+    family = model.family()
+    first, *_ = family.decoder_layers(model.skeleton(model.config()))
+    channels = inputs_of(family.linear_of(first, "mlp_output"))
+    if (tokens := params.dataset_size * params.max_length) < FEW_TOKENS * channels:
+        logger.warning(
+            "dataset_size: %d tokens at most are %.1f for each of an MLP's %d channels: new weights that are fitted on so "
+            "little may be no better than plain removal; use %d documents or more", tokens, tokens / channels, channels,
+            ceil(ENOUGH_TOKENS * channels / params.max_length),
+        )  # fmt: skip
 
 
 @contextmanager

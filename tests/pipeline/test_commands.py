@@ -280,6 +280,23 @@ def test_fewer_tokens_than_the_width_are_refused_before_any_work_where_they_leav
             inspect_inputs(given, Workspace(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ({"dataset_size": 3, "repair": True}, True),
+        ({"dataset_size": 4, "repair": True}, False),
+        ({"dataset_size": 3, "repair": False}, False),
+    ],
+)
+def test_too_little_text_for_the_width_of_a_model_is_said_before_any_work(
+    settings: dict[str, Any], warned: bool, params: Params, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # An MLP of the tiny model has 48 channels.
+    inspect_inputs(params.model_copy(update={**settings, "max_length": 48}), Workspace(tmp_path))
+    said = "dataset_size: 144 tokens at most are 3.0 for each of an MLP's 48 channels"
+    assert [said in message for message in caplog.messages if message.startswith("dataset_size")] == [True] * warned
+
+
 def test_scores_replace_nothing_but_scores(tiny: Model, text_file: Path, tmp_path: Path) -> None:
     arguments = ["--model_path", tiny.folder, "--tasks", text_file, *FAST]
     for name, content in (("thesis.md", "years of work"), ("package.json", '{"name": "left-pad"}'), ("list.json", "[1]")):
