@@ -52,7 +52,7 @@ class CandidateEvaluation:
         walk(
             self.context,
             [RecordStates(layer, ("input",), self.entering[layer]) for layer in layers],
-            description="walking to the cuts",
+            description="walking to the candidates",
         )
 
     @contextmanager

@@ -281,7 +281,7 @@ class TrainingRun:
     def take_better(self) -> int:
         """Take the weights after the shared steps, if their held-out loss is lower; return the number of steps taken in all."""
         losses, shared = dict(self.curves["held_out_loss"]), self.plan.shared
-        if shared in losses and losses[shared] < losses[self.step]:
+        if shared and shared in losses and losses[shared] < losses[self.step]:
             checkpoint = load_checkpoint(self.folder / SHARED, self._key_after(shared))
             if all(all_gather(checkpoint is not None)) and checkpoint:
                 self._restore_weights(checkpoint[1])
@@ -399,13 +399,13 @@ def _summarize(curves: Curves, parameters: Mapping[str, Tensor], kept: int) -> d
         figures |= {"kept_step": kept, "held_out_loss_first": held_out[0], "held_out_loss_last": held_out[kept]}
         said += f", on held-out documents {held_out[0]:.4g} to {held_out[kept]:.4g}"
     logger.info("training: %d steps, %s", len(losses), said)
-    if kept < len(losses):
+    if held_out and held_out[kept] >= held_out[0]:
+        logger.warning("training: the loss on held-out documents did not fall; a lower learning rate or more text may help")
+    elif kept < len(losses):
         logger.warning(
             "training: the loss on held-out documents rose to %.4g after step %d, whose weights are kept; fewer tokens or"
             " more text may help", held_out[len(losses)], kept,
         )  # fmt: skip
-    elif held_out and held_out[kept] >= held_out[0]:
-        logger.warning("training: the loss on held-out documents did not fall; a lower learning rate or more text may help")
     return figures
 
 
