@@ -32,8 +32,12 @@ def draw_text_sizes(runs: pd.DataFrame) -> Figure:
                 minutes, own["unseen_ratio"], own["unseen_stderr"], label=f"{layers} layers removed", **look_of(number)
             )
             for x, ratio, tokens in zip(minutes, own["unseen_ratio"], own["tokens"], strict=True):
-                axes.annotate(f"{tokens / 1000:.0f}k", (x, ratio), (4, 6), textcoords="offset points")
-        axes.set(xlabel="minutes of the compression", ylabel="perplexity of unseen text (times dense)", xlim=(0, None))
+                axes.annotate(f"{tokens / 1024:.0f}k", (x, ratio), (4, 6), textcoords="offset points")
+        axes.set(
+            xlabel="minutes of the compression",
+            ylabel="perplexity of unseen text (times dense)",
+            xlim=(0, runs["seconds"].max() / 60 + 0.7),
+        )
         set_log_scale(axes, "y", [1.0, 2.0, *runs["unseen_ratio"]])
         set_grid(axes, "both")
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
