@@ -44,11 +44,11 @@ class Candidates:
     """Observer of the least squares from candidate channels, in a layer's MLP, to a target: sums over tokens, float32.
 
     ``gram`` = Σ w gᵀg (k, k; half of it: ``replaceme.statistics.sums``) and ``cross`` = Σ w gᵀ(target − state without the
-    MLP) (k, d), ``w = 1/‖target‖²``.
+    MLP) (k, d), ``w = 1/‖target‖²``. ``dtype`` is the format of the products of channels (``gram_format``).
     """
 
-    def __init__(self, layer: int, family: Family, module: nn.Module, target: Tensor):
-        self.layer, self.target, self.multiplier = layer, target, family.multiplier
+    def __init__(self, layer: int, family: Family, module: nn.Module, target: Tensor, dtype: torch.dtype = torch.float32):
+        self.layer, self.target, self.dtype, self.multiplier = layer, target, dtype, family.multiplier
         last = family.linear_of(module, "mlp_output")
         self.bias = None if getattr(last, "bias", None) is None else parameter_of(last, "bias")
         self.gram = self.cross = torch.empty(0)
@@ -72,7 +72,7 @@ class Candidates:
         """Add the products of the channels of some tokens, (tokens, k) float32."""
         if not len(self.gram):
             self.gram = g.new_zeros(g.shape[1], g.shape[1])
-        add_squares(self.gram, g)
+        add_squares(self.gram, g.to(self.dtype))
 
     def all_reduce(self) -> None:
         sums = {"gram": self.gram, "cross": self.cross} if len(self.gram) else {}

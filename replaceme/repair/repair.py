@@ -65,7 +65,7 @@ from replaceme.solvers.quality import relative_residual, sse_change_of_correctio
 from replaceme.solvers.ridge import solve_correction
 from replaceme.statistics.cut_statistics import STATISTICS, CutStatistic, add_correction
 from replaceme.statistics.features import LINEARS, Features
-from replaceme.statistics.sums import Sums, token_weights
+from replaceme.statistics.sums import Sums, gram_format, token_weights
 from replaceme.statistics.walk import Observer, RecordStates, Reducible, Signal, Signals, sum_tensors, walk
 
 # Tokens whose states are updated at once.
@@ -192,7 +192,7 @@ def _choose_channels(state: RepairState, layer: int, window: range, ridge: str) 
 
     def keep(number: int, candidates: Tensor, observer: type[Candidates], criterion: Callable[..., Tensor]) -> Tensor:
         edits.channels[layer] = candidates
-        sums = observer(layer, state.family, module, state.dense)
+        sums = observer(layer, state.family, module, state.dense, gram_format(state.dense.dtype, strength))
         state.walk_shortened(layer, [sums], documents)
         prior = assemble_parameter(state.family, state.layers, layer, candidates, f"{state.family.mlp_output}.weight").T
         gram, cross = (total.to(float64_device(total.device)) for total in (sums.gram, sums.cross))
@@ -229,7 +229,10 @@ def _correct_linears(state: RepairState, layer: int, target: Tensor, ridges: Rid
         state.shrinkage = Shrinkage()
     # One fold if the shrinkage is known; fewer folds if their sums would take too much memory.
     most = min(FOLDS, max(FOLD_BYTES // (8 * len(features) ** 2), 2)) if state.shrinkage is None else 1
-    residual_sums = ResidualSums(layer, features, target, folds_of(state.context.documents, most))
+    values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
+    penalty = features.per_column(values)
+    dtype = gram_format(state.dense.dtype, float(penalty.min()))
+    residual_sums = ResidualSums(layer, features, target, folds_of(state.context.documents, most), dtype)
     observers: list[Observer] = [residual_sums]
     if state.attention_layer != layer:
         observers.append(RecordStates(layer, ("attention_features",), state.inputs["attention_output"]))
@@ -238,8 +241,6 @@ def _correct_linears(state: RepairState, layer: int, target: Tensor, ridges: Rid
         observers.append(RecordStates(layer, ("output",), state.shortened))
     state.walk_shortened(layer, observers)
     state.attention_layer = layer
-    values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
-    penalty = features.per_column(values)
     folds = residual_sums.folds()
     if state.shrinkage is None:
         state.shrinkage = _agree_on_shrinkage(folds, penalty)
@@ -315,11 +316,12 @@ class ResidualSums:
     """Observer of what linears of a layer lack toward a target: sums over their features, float64.
 
     For each fold, ``gram`` = Σ w gᵀg (k, k), ``cross`` = Σ w gᵀe (k, d), ``gap_squares`` = Σ w ‖e‖² and ``output_squares`` =
-    Σ w ‖target‖², with ``e = target − state after the last linear`` and ``w = 1/‖target‖²``.
+    Σ w ‖target‖², with ``e = target − state after the last linear`` and ``w = 1/‖target‖²``. ``dtype`` is
+    the format of the products of features (``gram_format``).
     """
 
-    def __init__(self, layer: int, features: Features, target: Tensor, fold_of_token: Tensor):
-        self.layer, self.features, self.target = layer, features, target
+    def __init__(self, layer: int, features: Features, target: Tensor, fold_of_token: Tensor, dtype: torch.dtype):
+        self.layer, self.features, self.target, self.dtype = layer, features, target, dtype
         self.state: tuple[Signal, ...] = ("output",) if "mlp_output" in features.widths else ("input", "attention")
         self.fold_of_token = fold_of_token
         self.sums = [Sums() for _ in range(int(self.fold_of_token.max()) + 1)]
@@ -337,7 +339,7 @@ class ResidualSums:
         present = own.unique().tolist()
         for fold in present:
             rows = to_device((own == fold).nonzero()[:, 0], state.device) if len(present) > 1 else slice(None)
-            add_correction(self.sums[fold], g[rows], gap[rows], target[rows], w[rows])
+            add_correction(self.sums[fold], g[rows], gap[rows], target[rows], w[rows], self.dtype)
 
     def all_reduce(self) -> None:
         for sums in self.sums:

@@ -20,6 +20,9 @@ from replaceme.models.dtypes import is_finite
 PARTS = 6
 # Tokens of a product in float32, where the device has no float64.
 TILE = 256
+# From this ridge on, relative to the diagonal, the rounding of products to bfloat16 is small beside it. On the demo it moves
+# eigenvalues, in units of the diagonal, by 0.01 at most, and raises a least squares' objective by less than 3e-6 of it.
+ROUNDING_RIDGE = 0.1
 
 
 def squares(x: Tensor) -> Tensor:
@@ -40,6 +43,16 @@ def add_squares(total: Tensor, x: Tensor) -> Tensor:
             else:
                 part.add_((left @ right).to(total.device))
     return total
+
+
+def gram_format(states: torch.dtype, ridge: float) -> torch.dtype:
+    """Return the format of the products of features for a least squares with a ridge: bfloat16 where it does, else float32.
+
+    Args:
+        states: the format that the features were computed in; where it is bfloat16, that is the faster one.
+        ridge: the smallest λ of a feature, relative to its sum of squares; 0 where the column of ones is among them.
+    """
+    return torch.bfloat16 if states == torch.bfloat16 and ridge >= ROUNDING_RIDGE else torch.float32
 
 
 def widen(x: Tensor) -> Tensor:

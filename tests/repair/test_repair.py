@@ -152,6 +152,23 @@ def test_all_repairs_are_exported_exactly(
     assert figures["hidden_error_mean"] < figures["tolerance"]
 
 
+@pytest.mark.parametrize(("kind", "rounds"), [("qwen2", True), ("gpt2", False)])
+def test_products_in_bfloat16_change_a_repair_little_and_none_with_a_bias(
+    kind: str, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def repaired() -> Edits:
+        model = made_model(kind, torch.bfloat16)
+        edits, run_repair = solved(model, many_documents(), (BLOCK,), alpha=5.0, repair=True)
+        run_repair()
+        return edits
+
+    found = repaired().corrections
+    monkeypatch.setattr("replaceme.repair.repair.gram_format", lambda *_: torch.float32)
+    for name, (exact, _) in repaired().corrections.items():
+        error = (found[name][0] - exact).norm() / exact.norm()
+        assert 0 < error < 0.03 if rounds else error == 0
+
+
 @pytest.mark.parametrize("linear", ["self_attn.q_proj", "mlp.up_proj"])
 def test_each_models_attention_and_mlp_are_computed_once_a_layer(linear: str, documents: Documents) -> None:
     model, calls = made_model(), []

@@ -8,7 +8,7 @@ from replaceme.base.parameters import read_params
 from replaceme.methods.registry import METHODS
 from replaceme.solvers.ridge import solve_ridge
 from replaceme.statistics.cut_statistics import take_statistics
-from replaceme.statistics.sums import Sums, squares
+from replaceme.statistics.sums import ROUNDING_RIDGE, Sums, gram_format, squares
 from tests.conftest import WIDTH, made_model
 from tests.helpers import context_of
 from tests.statistics.helpers import BLOCK, at_cut
@@ -99,6 +99,33 @@ def test_squares_are_the_gram_matrix(width: int) -> None:
     x = torch.randn(20, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
     product = squares(x)
     assert torch.allclose(product, x.T @ x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("states", "ridge", "products"),
+    [
+        (torch.bfloat16, 0.3, torch.bfloat16), (torch.bfloat16, 0.01, torch.float32), (torch.bfloat16, 0.0, torch.float32),
+        (torch.float16, 1.0, torch.float32), (torch.float32, 1.0, torch.float32), (torch.float64, 1.0, torch.float32),
+    ],
+)  # fmt: skip
+def test_products_are_rounded_to_bfloat16_beside_a_ridge_alone(
+    states: torch.dtype, ridge: float, products: torch.dtype
+) -> None:
+    assert gram_format(states, ridge) == products
+
+
+def test_a_ridge_hides_the_rounding_of_products_to_bfloat16() -> None:
+    chance = torch.Generator().manual_seed(0)
+    # Columns of very different sizes, with a common part, as an MLP's.
+    x = torch.rand(900, 200, generator=chance) * torch.logspace(-3, 4, 200)
+    sums, rounded = Sums(), Sums()
+    for part in x.split(100):
+        sums.add_squares("gram", part)
+        rounded.add_squares("gram", part.bfloat16())
+    exact, found = (each.take_totals()["gram"] for each in (sums, rounded))
+    scale = exact.diagonal().rsqrt()
+    assert 0 < float(torch.linalg.matrix_norm((found - exact) * scale * scale[:, None], 2)) < 0.1 * ROUNDING_RIDGE * 200**0.5
+    assert float(torch.linalg.eigvalsh(found * scale * scale[:, None]).min()) > -0.1 * ROUNDING_RIDGE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
