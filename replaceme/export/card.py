@@ -18,7 +18,7 @@ from replaceme import __version__
 from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.config import WITHOUT_EFFECT, settings_yaml
 from replaceme.base.entries import Source, dataset_title
-from replaceme.base.files import without_folder
+from replaceme.base.files import read_json, without_folder
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
@@ -30,6 +30,7 @@ from replaceme.models.model_files import CARD
 from replaceme.models.own_form import FILE
 from replaceme.running.stage import SCORE_SETTINGS
 from replaceme.running.versions import list_versions
+from replaceme.running.workspace import Workspace
 
 # The settings that determine the model: without those of its scores, and those that say where it is computed.
 SETTINGS = tuple(key for key in FIELDS if key not in (*SCORE_SETTINGS, *WITHOUT_EFFECT, "device", "device_map"))
@@ -43,6 +44,7 @@ class RunResults:
 
     Attributes:
         fit: the figures of metrics/solve.json.
+        healed: those of metrics/heal.json; empty without healing.
         checked: those of metrics/check.json.
         made_with: the packages that the model, and its scores, were made with → their versions.
         scores: the scores as Markdown; empty before the evaluation.
@@ -51,11 +53,18 @@ class RunResults:
     """
 
     fit: Mapping[str, Any] = field(default_factory=dict)
+    healed: Mapping[str, Any] = field(default_factory=dict)
     checked: Mapping[str, Any] = field(default_factory=dict)
     made_with: Mapping[str, str] = field(default_factory=dict)
     scores: str = ""
     entries: Sequence[EvalResult] = ()
     continuations: str = ""
+
+    @classmethod
+    def of(cls, work: Workspace) -> "RunResults":
+        """Read what is known before the evaluation."""
+        fit, healed, checked = (read_json(work.metric(name)) for name in ("solve", "heal", "check"))
+        return cls(fit, healed, checked, read_json(work.model_versions))
 
 
 def render_card(params: Params, source: Model, edits: Edits, results: RunResults, path: str = ".") -> str:
@@ -78,7 +87,7 @@ def render_card(params: Params, source: Model, edits: Edits, results: RunResults
         "",
         f"# {title}",
         "",
-        *_describe_changes(params, source, edits),
+        *_describe_changes(params, source, edits, results.healed),
         *_describe_fit(edits, results.fit),
         *(["", describe_check(results.checked).replace(" x ", " × ")] if results.checked else []),
         "",
@@ -131,7 +140,7 @@ def _read_metadata(source: Model) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value and isinstance(value, str | list)}
 
 
-def _describe_changes(params: Params, source: Model, edits: Edits) -> list[str]:
+def _describe_changes(params: Params, source: Model, edits: Edits, healed: Mapping[str, Any]) -> list[str]:
     """Say what was removed and what replaced it."""
     commit = f" (commit {source.commit})" if source.commit else ""
     removed = _describe_removed(edits, f"{name_layers(edits.removed_layers)} (counted from 0)")
@@ -155,7 +164,7 @@ def _describe_changes(params: Params, source: Model, edits: Edits) -> list[str]:
         if own < len(channels):
             others = f"{len(channels) - own:,} channels of removed layers"
             lines += [f"The MLP of layer {layer} now has {own:,} of its own channels and {others}.{width}"]
-    lines += _describe_new_weights(params, edits)
+    lines += _describe_new_weights(params, edits, healed)
     if edits.model_edit:
         lines += edits.model_edit.sentences()
     if scalars := {layer: float(P) for layer, P in sorted(edits.operators.items()) if not P.ndim}:
@@ -185,15 +194,15 @@ TRAINED = {
 }
 
 
-def _describe_new_weights(params: Params, edits: Edits) -> list[str]:
+def _describe_new_weights(params: Params, edits: Edits, healed: Mapping[str, Any]) -> list[str]:
     """Say which output projections of the kept layers were refitted or trained."""
     linears: tuple[tuple[Linear, str], ...] = (("attention_output", "attention"), ("mlp_output", "MLP"))
     corrected = {word: [layer for layer, name in edits.corrections if name == linear] for linear, word in linears}
     if edits.parameters:
         start = ", starting from weights refitted in closed form" if params.repair or params.transform in NEW_WEIGHTS else ""
         return [
-            f"{TRAINED[params.heal_weights]} were trained on {params.heal_tokens:,} tokens of text to match the original "
-            f"model's predictions{start}."
+            f"{TRAINED[params.heal_weights]} were trained on {healed['training_tokens']:,} tokens of text to match the "
+            f"original model's predictions{start}."
         ]
     return [
         f"The {word} output projection of {name_layers(layers)} was refitted in closed form, without training."

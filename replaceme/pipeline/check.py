@@ -20,7 +20,8 @@ def check(params: Params, work: Workspace) -> None:
     """Write the final edits and metrics/check.json; without a comparison, the edits are copied."""
     comparison = _compare(params, work) if params.keep_if_better else None
     # A published method's result is kept as it is.
-    has_new_weights = params.repair or params.transform in NEW_WEIGHTS or params.heal_tokens > 0
+    is_healed = read_json(work.metric("heal")).get("training_tokens", 0) > 0
+    has_new_weights = params.repair or params.transform in NEW_WEIGHTS or is_healed
     replaced = comparison is not None and comparison.favours_plain and has_new_weights
     with new_folder(work.edits) as folder:
         # What was trained and repaired, curves and text, stays beside what is exported.
@@ -79,7 +80,7 @@ STAGE = Stage(
     name="check",
     run=check,
     params=(
-        "keep_if_better", "transform", "repair", "heal_tokens", "min_distance_layer", "max_distance_layer", "max_length",
+        "keep_if_better", "transform", "repair", "min_distance_layer", "max_distance_layer", "max_length",
         "seed", *PASS,
     ),
     reads=(
@@ -88,4 +89,5 @@ STAGE = Stage(
     ),
     writes=Workspace.edits,
     metrics=("check",),
+    figures=("heal",),
 )  # fmt: skip

@@ -37,7 +37,7 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
     is_plain = read_remembered(work.metric("check")).get("plain_removal_is_exported", False)
     # A healing that made the model worse is not in the result.
-    is_healed = params.heal_tokens > 0 and read_remembered(work.metric("heal")).get("kept_step") != 0
+    is_healed = read_remembered(work.metric("heal")).get("training_tokens", 0) > 0
     figures: dict[str, Any] = {"trained": (METHODS[params.method].trained or is_healed) and not is_plain}
     if costs:
         figures |= {"stage_seconds": seconds, "machines": sorted({cost["machine"] for cost in costs.values()})}

@@ -40,7 +40,7 @@ def export(params: Params, work: Workspace) -> None:
         if healed := read_json(work.heal_dataset_input):
             sources += identify_sources(healing_params(params), healed)
         write_record(sources, source.folder, folder)
-        results = RunResults(read_json(work.metric("solve")), read_json(work.metric("check")), read_json(work.model_versions))
+        results = RunResults.of(work)
         write_text(folder / CARD, render_card(params, source, edits, results))
         plain = not is_own_form(folder)
         # Load it as a user would, with the code file that was just written.
@@ -84,6 +84,6 @@ STAGE = Stage(
     ),
     writes=Workspace.model,
     metrics=("export",),
-    figures=("solve", "check"),
+    figures=("solve", "heal", "check"),
     methods=METHODS,
 )  # fmt: skip

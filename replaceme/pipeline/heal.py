@@ -163,13 +163,13 @@ def _train(params: Params, work: Workspace, context: ModelContext) -> tuple[Edit
     }
     parameters = task.trainable_parameters()
     curves, figures = train(task, parameters, steps, work.heal_checkpoints, checkpoint_key(settings, ()))
-    # Where the weights before the rate fell are kept, the rest trained nothing of the result.
-    tokens = sum(map(task.batches.token_count, steps.documents[: figures.get("kept_step")]))
     if figures.get("held_out_loss_last", 0.0) > figures.get("held_out_loss_first", 0.0):
         logger.warning("heal: what was trained is worse on held-out documents than before; the weights from before are kept")
         edits, figures["kept_step"] = task.edits, 0
     else:
         edits = task.healed_edits(parameters, stored_dtype(recorded_model(params, work.model_input)))
+    # Steps after those that are kept trained nothing of the result.
+    tokens = sum(map(task.batches.token_count, steps.documents[: figures.get("kept_step")]))
     return edits, {"training_tokens": tokens, **figures}, curves
 
 

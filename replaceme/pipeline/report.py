@@ -43,7 +43,7 @@ def write_report(params: Params, work: Workspace) -> None:
 
 def render_run_card(params: Params, work: Workspace, path: str = ".") -> str:
     """Return the card of a finished run's model, with its scores on the tasks of ``params``; its example loads ``path``."""
-    results = RunResults(read_json(work.metric("solve")), read_json(work.metric("check")), read_json(work.model_versions))
+    results = RunResults.of(work)
     if params.tasks:
         evaluation = read_json(work.metric("evaluation"))
         results = replace(

@@ -101,7 +101,7 @@ def tabulate_experiments(experiments: Sequence[Experiment]) -> Comparison:
             logger.warning("%s differs between experiments: their scores are not comparable in absolute terms", name)
     figures = pd.json_normalize([dict(each.figures) for each in scored])
     names = {"experiment": [each.name for each in scored], "method": [str(each.settings.get("method")) for each in scored]}
-    trained = ["trained" if _is_trained(each.settings) else "" for each in scored]
+    trained = ["trained" if _is_trained(each) else "" for each in scored]
     table = pd.concat([pd.DataFrame({**names, "trained": trained}), settings, figures], axis=1)
     if unseen := _find_unseen_texts(figures):
         table[UNSEEN] = np.exp(np.log(figures[unseen]).mean(axis=1))
@@ -149,9 +149,12 @@ def find_ratio_columns(table: pd.DataFrame) -> dict[str, str]:
     return {name: task for task, name in tasks.items()}
 
 
-def _is_trained(settings: Mapping[str, Any]) -> bool:
-    method = METHODS.get(str(settings.get("method")))
-    return (method is not None and method.trained) or bool(settings.get("heal_tokens"))
+def _is_trained(experiment: Experiment) -> bool:
+    """Return whether weights of the result were trained: plain removal may have been exported, or the weights from before."""
+    checked, healed = (experiment.figures.get(name) or {} for name in ("check", "heal"))
+    method = METHODS.get(str(experiment.settings.get("method")))
+    is_trained = (method is not None and method.trained) or healed.get("training_tokens", 0) > 0
+    return is_trained and not checked.get("plain_removal_is_exported", False)
 
 
 def _find_unseen_texts(figures: pd.DataFrame) -> list[str]:

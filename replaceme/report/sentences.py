@@ -117,11 +117,16 @@ def describe_healing(healed: Figures) -> str:
         return ""
     is_held_out = "held_out_loss_first" in healed
     loss, where = ("held_out_loss", "documents held out from it") if is_held_out else ("training_loss", "its own documents")
-    after = " The weights from before the training were kept." if healed.get("kept_step") == 0 else ""
+    if healed.get("kept_step") == 0:
+        return (
+            f"A training of {healed['trained_parameters']:,} weights toward the original model's predictions raised the KL "
+            f"divergence from them, on {where}, from {healed[f'{loss}_first']:.3f} to {healed[f'{loss}_last']:.3f} nats per "
+            "token: the weights from before it were kept."
+        )
     return (
         f"Then {healed['trained_parameters']:,} weights were trained on {healed['training_tokens']:,} tokens of other text, "
         f"toward the original model's predictions. During this training, the KL divergence from them, on {where}, "
-        f"went from {healed[f'{loss}_first']:.3f} to {healed[f'{loss}_last']:.3f} nats per token.{after}"
+        f"went from {healed[f'{loss}_first']:.3f} to {healed[f'{loss}_last']:.3f} nats per token."
     )
 
 

@@ -250,7 +250,11 @@ def test_without_a_score_in_common_nothing_is_compared() -> None:
 def test_what_trains_is_marked_in_all_that_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(experiments, "read_experiments", lambda revisions, number: [*dozen(), made(number=13, heal_tokens=2)])
+    # What is exported counts: of three results that healing was asked for, one has its weights.
+    outcomes = [{"heal": {"training_tokens": 2}}, {"heal": {"training_tokens": 0}}]
+    outcomes += [outcomes[0] | {"check": {"plain_removal_is_exported": True}}]
+    healed = [made(number=13 + n, ratio=1.7 + n, figures=figures, heal_tokens=2) for n, figures in enumerate(outcomes)]
+    monkeypatch.setattr(experiments, "read_experiments", lambda revisions, number: [*dozen(), *healed])
     output = tmp_path / "experiments"
     experiments.compare(["--output", str(output)])
     assert {path.name for path in output.iterdir()} == {"experiments.csv", "experiments.md", "quality.png", "methods.png"}

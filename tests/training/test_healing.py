@@ -284,11 +284,11 @@ def test_the_stage_trains_exports_and_says_so(healing: Params, tmp_path: Path) -
     assert figures["held_out_loss_last"] < figures["held_out_loss_first"]
     assert len((work.edits / "loss.tsv").read_text().splitlines()) == figures["training_steps"] + 1
     card = (work.model / "README.md").read_text(encoding="utf-8")
-    said = "All weights of the kept layers were trained on 3,000 tokens of text to match the original model's predictions"
+    tokens = f"{figures['training_tokens']:,}"
+    said = f"All weights of the kept layers were trained on {tokens} tokens of text to match the original model's predictions"
     assert f"{said}, starting from weights refitted in closed form." in card
     assert "heal_tokens: 3000" in card
     assert compression_figures(params, work)["trained"] is True
-    assert compression_figures(params.model_copy(update={"heal_tokens": 0}), work)["trained"] is False
 
 
 def test_the_text_is_another_than_the_calibrations_and_more_of_it_begins_the_same(healing: Params, tmp_path: Path) -> None:
@@ -461,7 +461,7 @@ def test_a_training_that_made_the_model_worse_is_not_exported(
     assert sha256_below(work.healed)["edits.json"] == sha256_below(work.repaired)["edits.json"]
     assert compression_figures(healing, work)["trained"] is False
     assert " were trained on " not in (work.model / "README.md").read_text(encoding="utf-8")
-    assert describe_healing(figures).endswith("The weights from before the training were kept.")
+    assert describe_healing(figures).endswith("from 1.000 to 2.000 nats per token: the weights from before it were kept.")
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_named_before_the_first_step(
