@@ -119,6 +119,14 @@ def has_bfloat16(device: str) -> bool | None:
     return None
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device is known to have instructions for products of bfloat16; a processor emulates them without."""
+    if device.type == "cpu":
+        known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return known is not None and bool(known())
+    return bool(has_bfloat16(str(device)))
+
+
 @cache
 def has_float64(device: torch.device) -> bool:
     """Return whether a device computes in float64."""

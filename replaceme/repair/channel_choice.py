@@ -41,7 +41,7 @@ CANDIDATE_BYTES, MARGIN = 2 << 30, 1.125
 
 
 class Candidates:
-    """Observer of the least squares from candidate channels, in a layer's MLP, to a target: sums over tokens, float32.
+    """Observer of the least squares from candidate channels, in a layer's MLP, to a target: sums over tokens, kept in float32.
 
     ``gram`` = Σ w gᵀg (k, k; half of it: ``replaceme.statistics.sums``) and ``cross`` = Σ w gᵀ(target − state without the
     MLP) (k, d), ``w = 1/‖target‖²``. ``dtype`` is the format of the products of channels (``gram_format``).

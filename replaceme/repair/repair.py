@@ -189,10 +189,11 @@ def _choose_channels(state: RepairState, layer: int, window: range, ridge: str) 
     kept = state.plan.mlp_width or count
     documents = few_documents(state.context.documents, TOKENS_PER_CHANNEL * 2 * count)
     strength: float = getattr(state.params, ridge)
+    dtype = gram_format(state.dense.dtype, state.context.model.device, strength)
 
     def keep(number: int, candidates: Tensor, observer: type[Candidates], criterion: Callable[..., Tensor]) -> Tensor:
         edits.channels[layer] = candidates
-        sums = observer(layer, state.family, module, state.dense, gram_format(state.dense.dtype, strength))
+        sums = observer(layer, state.family, module, state.dense, dtype)
         state.walk_shortened(layer, [sums], documents)
         prior = assemble_parameter(state.family, state.layers, layer, candidates, f"{state.family.mlp_output}.weight").T
         gram, cross = (total.to(float64_device(total.device)) for total in (sums.gram, sums.cross))
@@ -231,7 +232,7 @@ def _correct_linears(state: RepairState, layer: int, target: Tensor, ridges: Rid
     most = min(FOLDS, max(FOLD_BYTES // (8 * len(features) ** 2), 2)) if state.shrinkage is None else 1
     values: dict[Linear, float] = {linear: getattr(state.params, name) for linear, name in ridges.items()}
     penalty = features.per_column(values)
-    dtype = gram_format(state.dense.dtype, float(penalty.min()))
+    dtype = gram_format(state.dense.dtype, state.context.model.device, float(penalty.min()))
     residual_sums = ResidualSums(layer, features, target, folds_of(state.context.documents, most), dtype)
     observers: list[Observer] = [residual_sums]
     if state.attention_layer != layer:

@@ -263,7 +263,7 @@ def normalize_weights(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**scaled, "tokens": tokens}
 
 
-def add_correction(sums: Sums, g: Tensor, gap: Tensor, target: Tensor, w: Tensor, dtype: torch.dtype = torch.float32) -> None:
+def add_correction(sums: Sums, g: Tensor, gap: Tensor, target: Tensor, w: Tensor, dtype: torch.dtype | None = None) -> None:
     """Add the sums of some tokens that ``replaceme.solvers.ridge.solve_correction`` needs, and their squared errors.
 
     Args:
@@ -272,9 +272,9 @@ def add_correction(sums: Sums, g: Tensor, gap: Tensor, target: Tensor, w: Tensor
         gap: (tokens, d) target minus state, times √w.
         target: (tokens, d).
         w: (tokens, 1) token weights.
-        dtype: of the products of features (``gram_format``).
+        dtype: of the products of features (``gram_format``); None: that of g.
     """
-    sums.add_squares("gram", g.to(dtype))
+    sums.add_squares("gram", g if dtype is None else g.to(dtype))
     sums.add({"cross": product(g, gap), "gap_squares": gap.square().sum(), "output_squares": (w * target.square()).sum()})
 
 

@@ -1,6 +1,7 @@
 """Sums over tokens, in float64.
 
-A Gram matrix costs about as much as a layer. It is symmetric, so only about half of it is computed.
+A Gram matrix costs about as much as a layer. It is symmetric, so only about half of it is computed. Products of features are
+float32 or float64, or bfloat16 beside a large ridge (``gram_format``).
 
 A device without float64 computes products of a few tokens in float32, and the processor adds them up in float64. The shorter
 the tiles, the smaller the error and the more is copied: with ``TILE`` tokens it is 3e-8 of a sum, whatever their number.
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from replaceme.base.accelerators import float64_device, to_float64
+from replaceme.base.accelerators import float64_device, multiplies_bfloat16, to_float64
 from replaceme.base.errors import SolveError
 from replaceme.base.group import all_reduce_sum
 from replaceme.models.dtypes import is_finite
@@ -21,8 +22,9 @@ PARTS = 6
 # Tokens of a product in float32, where the device has no float64.
 TILE = 256
 # From this ridge on, relative to the diagonal, the rounding of products to bfloat16 is small beside it. On the demo it moves
-# eigenvalues, in units of the diagonal, by 0.01 at most, and raises a least squares' objective by less than 3e-6 of it.
-ROUNDING_RIDGE = 0.1
+# eigenvalues, in units of the diagonal, by 0.01 at most, and raises a least squares' objective by less than 1e-6 of it. The
+# shift grows with the root of the number of features, and falls with that of batches.
+ROUNDING_RIDGE = 0.3
 
 
 def squares(x: Tensor) -> Tensor:
@@ -45,14 +47,16 @@ def add_squares(total: Tensor, x: Tensor) -> Tensor:
     return total
 
 
-def gram_format(states: torch.dtype, ridge: float) -> torch.dtype:
-    """Return the format of the products of features for a least squares with a ridge: bfloat16 where it does, else float32.
+def gram_format(states: torch.dtype, device: torch.device, ridge: float) -> torch.dtype:
+    """Return the format of the products of features for a least squares with a ridge: bfloat16 where it serves, else float32.
 
     Args:
-        states: the format that the features were computed in; where it is bfloat16, that is the faster one.
+        states: the format that the features were computed in.
+        device: where.
         ridge: the smallest λ of a feature, relative to its sum of squares; 0 where the column of ones is among them.
     """
-    return torch.bfloat16 if states == torch.bfloat16 and ridge >= ROUNDING_RIDGE else torch.float32
+    serves = states == torch.bfloat16 and ridge >= ROUNDING_RIDGE and multiplies_bfloat16(device)
+    return torch.bfloat16 if serves else torch.float32
 
 
 def widen(x: Tensor) -> Tensor:

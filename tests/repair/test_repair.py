@@ -162,6 +162,7 @@ def test_products_in_bfloat16_change_a_repair_little_and_none_with_a_bias(
         run_repair()
         return edits
 
+    monkeypatch.setattr("replaceme.statistics.sums.multiplies_bfloat16", lambda _: True)
     found = repaired().corrections
     monkeypatch.setattr("replaceme.repair.repair.gram_format", lambda *_: torch.float32)
     for name, (exact, _) in repaired().corrections.items():

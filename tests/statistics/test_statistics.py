@@ -104,14 +104,18 @@ def test_squares_are_the_gram_matrix(width: int) -> None:
 @pytest.mark.parametrize(
     ("states", "ridge", "products"),
     [
-        (torch.bfloat16, 0.3, torch.bfloat16), (torch.bfloat16, 0.01, torch.float32), (torch.bfloat16, 0.0, torch.float32),
+        (torch.bfloat16, 0.3, torch.bfloat16), (torch.bfloat16, 0.1, torch.float32), (torch.bfloat16, 0.0, torch.float32),
         (torch.float16, 1.0, torch.float32), (torch.float32, 1.0, torch.float32), (torch.float64, 1.0, torch.float32),
     ],
 )  # fmt: skip
-def test_products_are_rounded_to_bfloat16_beside_a_ridge_alone(
-    states: torch.dtype, ridge: float, products: torch.dtype
+def test_products_are_rounded_to_bfloat16_beside_a_ridge_alone_where_they_are_fast(
+    states: torch.dtype, ridge: float, products: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert gram_format(states, ridge) == products
+    processor = torch.device("cpu")
+    monkeypatch.setattr("replaceme.statistics.sums.multiplies_bfloat16", lambda _: True)
+    assert gram_format(states, processor, ridge) == products
+    monkeypatch.setattr("replaceme.statistics.sums.multiplies_bfloat16", lambda _: False)
+    assert gram_format(states, processor, ridge) == torch.float32
 
 
 def test_a_ridge_hides_the_rounding_of_products_to_bfloat16() -> None:
@@ -124,7 +128,7 @@ def test_a_ridge_hides_the_rounding_of_products_to_bfloat16() -> None:
         rounded.add_squares("gram", part.bfloat16())
     exact, found = (each.take_totals()["gram"] for each in (sums, rounded))
     scale = exact.diagonal().rsqrt()
-    assert 0 < float(torch.linalg.matrix_norm((found - exact) * scale * scale[:, None], 2)) < 0.1 * ROUNDING_RIDGE * 200**0.5
+    assert 0 < float(torch.linalg.matrix_norm((found - exact) * scale * scale[:, None], 2)) < 0.1 * ROUNDING_RIDGE
     assert float(torch.linalg.eigvalsh(found * scale * scale[:, None]).min()) > -0.1 * ROUNDING_RIDGE
 
 
