@@ -1,5 +1,8 @@
 """The methods by name. A new method is a module with a ``Method``, its import and its entry here; nothing else names it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from replaceme.base import combinations
 from replaceme.base.combinations import MethodStage, Values, users_of
 from replaceme.base.parameters import Params, fields_of
@@ -52,6 +55,19 @@ USERS = users_of(METHODS)
 def has_effect(key: str, values: Values) -> bool:
     """Return whether a parameter changes the result, with all parameters' values."""
     return key not in USERS or combinations.has_effect(USERS[key], values)
+
+
+def is_trained(method: str, healed: Mapping[str, Any], checked: Mapping[str, Any]) -> bool:
+    """Return whether weights of a result were trained: those from before may have been kept, or plain removal exported.
+
+    Args:
+        method: its method's name.
+        healed: the figures of metrics/heal.json; empty without healing.
+        checked: those of metrics/check.json; empty without a comparison.
+    """
+    declared = METHODS.get(method)
+    has_trained = (declared is not None and declared.trained) or healed.get("training_tokens", 0) > 0
+    return has_trained and not checked.get("plain_removal_is_exported", False)
 
 
 def read_by(stage: MethodStage) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from replaceme.base.plan import load_blocks
 from replaceme.base.progress import logger
 from replaceme.evaluation.tables import format_score_comparison
 from replaceme.export.card import describe_check
-from replaceme.methods.registry import METHODS
+from replaceme.methods.registry import METHODS, is_trained
 from replaceme.running.cost import Cost, kept_cost
 from replaceme.running.stage import COMPRESSION, Stage
 from replaceme.running.workspace import Workspace
@@ -35,10 +35,8 @@ def compression_figures(params: Params, work: Workspace) -> dict[str, Any]:
     """
     costs = {name: cost for name in COMPRESSION if (cost := _read_cost(name, params, work))}
     seconds = {name: cost["seconds"] for name, cost in costs.items()}
-    is_plain = read_remembered(work.metric("check")).get("plain_removal_is_exported", False)
-    # A healing that made the model worse is not in the result.
-    is_healed = read_remembered(work.metric("heal")).get("training_tokens", 0) > 0
-    figures: dict[str, Any] = {"trained": (METHODS[params.method].trained or is_healed) and not is_plain}
+    healed = read_remembered(work.metric("heal")) if params.heal_tokens else {}
+    figures: dict[str, Any] = {"trained": is_trained(params.method, healed, read_remembered(work.metric("check")))}
     if costs:
         figures |= {"stage_seconds": seconds, "machines": sorted({cost["machine"] for cost in costs.values()})}
     if missing := len(COMPRESSION) - len(costs):

@@ -14,7 +14,7 @@ import pandas as pd
 
 from replaceme.base.errors import ParameterError
 from replaceme.base.progress import align, logger
-from replaceme.methods.registry import FIELDS, METHODS, has_effect
+from replaceme.methods.registry import FIELDS, has_effect, is_trained
 from replaceme.report.formatting import format_digits, format_duration, format_quantity
 from replaceme.running.stage import SCORE_SETTINGS
 
@@ -150,11 +150,8 @@ def find_ratio_columns(table: pd.DataFrame) -> dict[str, str]:
 
 
 def _is_trained(experiment: Experiment) -> bool:
-    """Return whether weights of the result were trained: plain removal may have been exported, or the weights from before."""
-    checked, healed = (experiment.figures.get(name) or {} for name in ("check", "heal"))
-    method = METHODS.get(str(experiment.settings.get("method")))
-    is_trained = (method is not None and method.trained) or healed.get("training_tokens", 0) > 0
-    return is_trained and not checked.get("plain_removal_is_exported", False)
+    healed, checked = (experiment.figures.get(name) or {} for name in ("heal", "check"))
+    return is_trained(str(experiment.settings.get("method")), healed, checked)
 
 
 def _find_unseen_texts(figures: pd.DataFrame) -> list[str]:

@@ -289,6 +289,7 @@ def test_the_stage_trains_exports_and_says_so(healing: Params, tmp_path: Path) -
     assert f"{said}, starting from weights refitted in closed form." in card
     assert "heal_tokens: 3000" in card
     assert compression_figures(params, work)["trained"] is True
+    assert compression_figures(params.model_copy(update={"heal_tokens": 0}), work)["trained"] is False
 
 
 def test_the_text_is_another_than_the_calibrations_and_more_of_it_begins_the_same(healing: Params, tmp_path: Path) -> None:
