@@ -10,7 +10,7 @@ from replaceme.report.theme import LIGHT, WIDTH, drawing, set_grid, set_log_scal
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # What the healing of each curve began with.
-STARTS = {"4 of 30": "repair, 64k tokens", "8 of 30": "repair, 64k tokens, a quarter of them its own"}
+STARTS = {"4 of 30": "repair, 64k tokens", "8 of 30": "repair, a quarter of its text its own"}
 
 
 def main() -> None:
