@@ -20,9 +20,9 @@ SERVING = pd.read_csv(RECORDS / "serving.csv", dtype={"version": str})
 NOTHING, (REPAIR, OWN) = "nothing in their place", STARTS.values()
 # The demo without 4 layers: plain removal, the default, healed.
 FOUR = [DEMO.loc["4 of 30", NOTHING, 0]] + [DEMO.loc["4 of 30", REPAIR, count] for count in (0, 131_000, 250_000)]
-# Without 8 layers, healed at two rates, and from a repair on text of its own too.
+# Without 8 layers, healed at two rates, from a repair on text of its own too, and on more fresh text.
 EIGHT = [DEMO.loc["8 of 30", start, 250_000] for start in (REPAIR, f"{REPAIR}; rate 3e-4", OWN)]
-EIGHT.append(DEMO.loc["8 of 30", OWN, 1_000_000])
+EIGHT += [DEMO.loc["8 of 30", start, 1_000_000] for start in (OWN, f"{OWN}; more fresh text")]
 
 
 def read_words(page: str) -> str:
