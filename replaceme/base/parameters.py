@@ -183,11 +183,14 @@ class Params(BaseModel):
     linears of their attention and MLP; or changes of low rank of all linears of the kept layers, which are folded in at the end
     (less memory)."""
     heal_learning_rate: float = Field(1e-4, gt=0)
-    """AdamW's largest learning rate in healing; larger models need a smaller one, lora a larger one."""
+    """Largest learning rate in healing; larger models need a smaller one, lora a larger one."""
     heal_tokens_per_step: int = Field(4096, ge=1)
     """Tokens of a step of the healing; batch_size documents at a time are computed."""
     heal_rank: int = Field(16, ge=1)
     """Rank of the changes that lora trains."""
+    heal_optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of healing; muon orthogonalizes the updates of matrices (AdamW takes the rest), and learns more from the same
+    text where much is lost."""
     keep_if_better: bool = False
     """Compare the result with the removal of one block of as many layers with nothing in its place, at its best cut, on text
     that the dense model writes. If that is nearer to the dense model by more than a standard error, it is exported instead of

@@ -38,8 +38,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     ),
     "what takes its place": (
         "transform", "alpha", "repair", "heal_tokens", "refit_ridge", "repair_ridge_attention", "repair_ridge_mlp",
-        "heal_dataset", "heal_weights", "heal_learning_rate", "heal_tokens_per_step", "heal_rank", "keep_if_better",
-        "plain",
+        "heal_dataset", "heal_weights", "heal_learning_rate", "heal_tokens_per_step", "heal_rank", "heal_optimizer",
+        "keep_if_better", "plain",
     ),
     "scores": ("tasks", "eval_tokens", "eval_batch_size", "eval_dtype"),
     "computing": ("device", "memory", "device_map", "dtype", "batch_size", "use_4bit", "threads", "processes"),

@@ -55,7 +55,12 @@ WARM_UP_STEPS, DECAY, BETAS, CLIP = 3, 0.4, (0.9, 0.95), 1.0
 
 
 def plan_steps(
-    documents: Documents, shares: Sequence[float], tokens: int, tokens_per_step: int, learning_rate: float
+    documents: Documents,
+    shares: Sequence[float],
+    tokens: int,
+    tokens_per_step: int,
+    learning_rate: float,
+    muon: torch.dtype | None = None,
 ) -> StepPlan:
     """Return the steps of a training on a text, in its order, until the tokens are reached.
 
@@ -67,6 +72,7 @@ def plan_steps(
         tokens: tokens to train on.
         tokens_per_step: tokens of a step, to a document.
         learning_rate: the largest learning rate.
+        muon: as of ``StepPlan``.
     """
     lengths, held_out = [*map(len, documents.documents)], list[int]()
     while len(held_out) < len(lengths) // 2 and sum(lengths[: len(held_out)]) < HELD_OUT_TOKENS:
@@ -88,7 +94,7 @@ def plan_steps(
     count, decay = len(steps), math.ceil(DECAY * len(steps))
     rates = [learning_rate * min((step + 1) / WARM_UP_STEPS, 1, (count - step) / (decay + 1)) for step in range(count)]
     evaluated = {0, count - decay, *(FIRST_EVALUATION << power for power in range(count.bit_length()))}
-    return StepPlan(steps, rates, held_out, "heal_learning_rate", evaluated, count - decay, BETAS, CLIP)
+    return StepPlan(steps, rates, held_out, "heal_learning_rate", evaluated, count - decay, BETAS, CLIP, muon)
 
 
 def _iterate_epochs(documents: Documents, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

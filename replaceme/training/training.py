@@ -1,7 +1,7 @@
 """The training loop: weights trained on documents, a few documents per step, for any task.
 
-AdamW; each step's documents and learning rate are known before it begins (``StepPlan``). Weights, moments and gradients are
-float32 whatever the model's dtype; dropout is off.
+AdamW, or Muon for matrices and AdamW for the rest; each step's documents and learning rate are known before it begins
+(``StepPlan``). Weights, moments and gradients are float32 whatever the model's dtype; dropout is off.
 
 An interrupted run resumes from its last checkpoint and ends with the same result as an uninterrupted one. A checkpoint belongs
 to any plan whose steps before it are the same (documents and rates). So a longer training goes on from a shorter one where the
@@ -12,7 +12,7 @@ step. The first one writes the checkpoints, and all read them.
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
@@ -42,6 +42,7 @@ from replaceme.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from replaceme.training.muon import Muon
 
 # Rows (number of steps taken before, loss), by the name of the curve: of a step's batch, or of the held-out documents.
 Curves = dict[str, list[tuple[int, float]]]
@@ -54,7 +55,9 @@ WEIGHT_DECAY, BETAS, CLIP, WARM_UP, FLOOR = 1e-3, (0.9, 0.999), 5.0, 0.01, 0.25
 SEED = 0
 # Folders of checkpoints: the last one, and that after the steps that a longer training has too.
 LAST, SHARED = "checkpoint", "shared"
-# Of a checkpoint, for each trained weight: itself and both moments.
+# What an optimizer keeps for each weight.
+STATE_PARTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
+# Of a checkpoint, for each trained weight: itself and both moments of AdamW.
 CHECKPOINT_BYTES = 12
 # About one document in so many is held out, by whole texts; their loss is evaluated about this often in a training.
 HELD_OUT_EVERY, EVALUATIONS = 20, 8
@@ -74,6 +77,7 @@ class StepPlan:
             result if the held-out loss is evaluated there and lower than after the last step.
         betas: AdamW's.
         clip: the gradient norm to clip at.
+        muon: the format of Muon's products, for matrices; None: all weights learn by AdamW.
     """
 
     documents: Sequence[Sequence[int]]
@@ -84,6 +88,7 @@ class StepPlan:
     shared: int = 0
     betas: tuple[float, float] = BETAS
     clip: float = CLIP
+    muon: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ class TrainingRun:
 
     def __init__(self, task: TrainingTask, parameters: dict[str, Tensor], plan: StepPlan, folder: Path, key: str):
         self.task, self.parameters, self.plan, self.folder, self.key = task, parameters, plan, folder, key
-        self.optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, betas=plan.betas, weight_decay=WEIGHT_DECAY)
+        self.optimizers = make_optimizers(parameters.values(), plan)
         self.step = self.tokens = 0
         self.curves: Curves = {name: [] for name in CURVES}
         self._resume()
@@ -261,10 +266,11 @@ class TrainingRun:
         self.record_loss("loss", step, sum(all_gather(self.task.loss(self.parameters, documents))))
         all_reduce_sum({name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None})
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.rates[step]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.plan.rates[step]
+            optimizer.step()
+            optimizer.zero_grad()
         self.step = step + 1
         self.tokens += self.task.batches.token_count(documents)
         if rank() == 0:
@@ -315,10 +321,10 @@ class TrainingRun:
         """Write a checkpoint into the folder with this name."""
         with self.timer.saving():
             tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
-            for name, parameter in self.parameters.items():
-                tensors |= {f"{part}.{name}": value for part, value in self.optimizer.state[parameter].items()}
-            state = {"step": self.step, "curves": self.curves}
-            save_checkpoint(self.folder / checkpoint, self._key_after(self.step), state, tensors)
+            for name, part, state in self._optimizer_states():
+                tensors[f"{part}.{name}"] = state[part]
+            progress_so_far = {"step": self.step, "curves": self.curves}
+            save_checkpoint(self.folder / checkpoint, self._key_after(self.step), progress_so_far, tensors)
 
     def _require_space(self) -> None:
         """Raise ResourceError if the disk has no room for the last checkpoint, its successor and the shared one."""
@@ -352,16 +358,33 @@ class TrainingRun:
         self.tokens = sum(map(self.task.batches.token_count, self.plan.documents[: self.step]))
         self.curves = {name: [*map(tuple, rows)] for name, rows in state["curves"].items()}
         self._restore_weights(tensors)
-        for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = {
-                # AdamW keeps its step count on the CPU.
-                part: tensors[f"{part}.{name}"].to("cpu" if part == "step" else parameter.device)
-                for part in ("step", "exp_avg", "exp_avg_sq")
-            }
+        for name, part, state in self._optimizer_states():
+            # AdamW keeps its step count on the CPU.
+            state[part] = tensors[f"{part}.{name}"].to("cpu" if part == "step" else self.parameters[name].device)
+
+    def _optimizer_states(self) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
+        """Yield a parameter's name, a part of its optimizer's state, and that state, for all of them."""
+        for optimizer in self.optimizers:
+            own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+            for name, parameter in self.parameters.items():
+                for part in STATE_PARTS[type(optimizer)] if parameter in own else ():
+                    yield name, part, optimizer.state[parameter]
 
     def _restore_weights(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"weight.{name}"])
+
+
+def make_optimizers(parameters: Collection[Tensor], plan: StepPlan) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a training: Muon for matrices, if the plan has it, and AdamW for what is left."""
+    matrices = [parameter for parameter in parameters if plan.muon and parameter.ndim > 1]
+    others = [parameter for parameter in parameters if not (plan.muon and parameter.ndim > 1)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices and plan.muon:
+        optimizers.append(Muon(matrices, plan.muon, WEIGHT_DECAY))
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=0.0, betas=plan.betas, weight_decay=WEIGHT_DECAY))
+    return optimizers
 
 
 def write_curves(folder: Path, curves: Curves) -> None:

@@ -51,6 +51,7 @@ from replaceme.report.sentences import describe_healing
 from replaceme.running.workspace import Workspace
 from replaceme.training import distillation
 from replaceme.training.distillation import LogitDistillation, plan_steps
+from replaceme.training.muon import orthogonalize
 from replaceme.training.training import StepPlan, TrainingRun, train
 from tests.conftest import REPRESENTATIVES, WIDTH, made_model, made_text
 from tests.helpers import many_documents
@@ -121,25 +122,44 @@ def test_loss_and_gradients_are_those_of_the_shortened_model(kind: str, monkeypa
             assert float((parameter.grad - whole).norm()) < 1e-4 * float(whole.norm()) + 1e-6 * largest, name
 
 
-def test_a_training_equals_a_plain_loop_of_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [None, torch.float32])
+def test_a_training_equals_a_plain_loop_of_torch(muon: torch.dtype | None, tmp_path: Path) -> None:
     model = made_model()
     task = task_of(model, edits_of(model, transform="channels", repair=True), count=24)
     plain, parameters = shortened(model, task.edits), task.trainable_parameters()
-    steps = replace(plan_steps(task.documents, [1.0], 300, 40, 1e-3), held_out=[])
+    steps = replace(plan_steps(task.documents, [1.0], 300, 40, 1e-3, muon), held_out=[])
     train(task, parameters, steps, tmp_path, "")
     learners = [plain.get_parameter(name) for name in parameters]
-    optimizer = torch.optim.AdamW(learners, lr=1.0, betas=(0.9, 0.95), weight_decay=1e-3)
+    matrices = [learner for learner in learners if muon and learner.ndim == 2]
+    others = [learner for learner in learners if not (muon and learner.ndim == 2)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=1e-3)]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=1e-3, adjust_lr_fn="match_rms_adamw"))
     for documents, rate in zip(steps.documents, steps.rates, strict=True):
-        optimizer.zero_grad()
         divergence(model, plain, [task.batches.texts[index] for index in documents]).backward()
         torch.nn.utils.clip_grad_norm_(learners, 1.0)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
     start = shortened(model, task.edits)
     moved = sum(float((plain.get_parameter(name) - start.get_parameter(name)).detach().norm()) for name in parameters)
     apart = sum(float((plain.get_parameter(name) - value).detach().norm()) for name, value in parameters.items())
     assert moved > 0.1
-    assert apart < 1e-2 * moved
+    # torch's own Muon multiplies in bfloat16.
+    assert apart < (3e-2 if muon else 1e-2) * moved
+
+
+def test_an_orthogonalized_update_keeps_its_singular_vectors_and_those_of_experts_are_each_their_own() -> None:
+    experts = torch.randn(3, 12, 40)
+    made = orthogonalize(experts, torch.float32)
+    for matrix, update in zip(experts, made, strict=True):
+        left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        values = left.T @ update.double() @ right.T
+        assert float((values - values.diagonal().diag()).abs().max()) < 1e-4
+        assert 0.6 < float(values.diagonal().min()) <= float(values.diagonal().max()) < 1.3
+        assert torch.allclose(orthogonalize(matrix.T, torch.float32), update.T, atol=1e-5)
+    assert not orthogonalize(torch.zeros(4, 6), torch.bfloat16).any()
 
 
 @settings(deadline=None)
@@ -325,8 +345,9 @@ def test_a_text_that_a_training_can_not_have_is_refused_by_name(healing: Params,
 
 
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
-def test_an_interrupted_healing_resumes_to_the_same_bits(healing: Params, tmp_path: Path) -> None:
-    params, work = healing, Workspace(tmp_path / "run")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_interrupted_healing_resumes_to_the_same_bits(optimizer: str, healing: Params, tmp_path: Path) -> None:
+    params, work = healing.model_copy(update={"heal_optimizer": optimizer}), Workspace(tmp_path / "run")
     run(params, work, to_export=False)
     expected, curve = sha256_below(work.healed), (work.edits / "loss.tsv").read_text()
     steps = len(curve.splitlines()) - 1
@@ -343,7 +364,12 @@ def test_an_interrupted_healing_resumes_to_the_same_bits(healing: Params, tmp_pa
         heal(params, work)
     assert taken + last == rest
     assert sha256_below(work.healed) == expected
-    # Other edits make another training.
+    # Another optimizer, or other edits, make another training.
+    other = {"adamw": "muon", "muon": "adamw"}[optimizer]
+    with counted() as again:
+        heal(params.model_copy(update={"heal_optimizer": other}), work)
+    assert again[0] == 0
+    assert sha256_below(work.healed) != expected
     edits = Edits.load(work.repaired)
     edits.correct(edits.removed_layers[0] - 1, "mlp_output", torch.full((WIDTH, 48), 1e-3))
     edits.save(work.repaired)
