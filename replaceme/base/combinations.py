@@ -105,7 +105,7 @@ USES: Mapping[str, Use] = {
     "heal_learning_rate": Use(setting="heal_tokens"),
     "heal_tokens_per_step": Use(setting="heal_tokens"),
     "heal_rank": Use(setting="heal_weights", values=("lora",)),
-    "heal_optimizer": Use(setting="heal_tokens"),
+    "heal_optimizer": Use(setting="heal_weights", values=("all", "after_cut", "outputs")),
 }
 # The methods that a parameter belongs to, by name, with their use of it; under "" that of all methods.
 Users = Mapping[str, Use]

@@ -189,8 +189,7 @@ class Params(BaseModel):
     heal_rank: int = Field(16, ge=1)
     """Rank of the changes that lora trains."""
     heal_optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer of healing; muon orthogonalizes the updates of matrices (AdamW takes the rest), and learns more from the same
-    text where much is lost."""
+    """Optimizer of healing: AdamW, or Muon for the matrices of linears, whose updates are orthogonalized; not for lora."""
     keep_if_better: bool = False
     """Compare the result with the removal of one block of as many layers with nothing in its place, at its best cut, on text
     that the dense model writes. If that is nearer to the dense model by more than a standard error, it is exported instead of

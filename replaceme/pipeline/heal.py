@@ -153,18 +153,18 @@ def _train(params: Params, work: Workspace, context: ModelContext) -> tuple[Edit
     first = 0 if plan.mlp_width else plan.blocks[0].layer_before_cut
     task = LogitDistillation(context, Edits.load(work.repaired), first, params.heal_weights, params.heal_rank)
     shares = [source.share for source in list_sources(healing_params(params))]
-    muon = context.model.dtype if params.heal_optimizer == "muon" else None
-    settings = params.heal_tokens, params.heal_tokens_per_step, params.heal_learning_rate
-    steps = plan_steps(context.documents, shares, *settings, muon)
-    depends_on = {
+    steps = plan_steps(context.documents, shares, params.heal_tokens, params.heal_tokens_per_step, params.heal_learning_rate)
+    if params.heal_optimizer == "muon":
+        steps = replace(steps, muon=task.matrices, muon_products=context.model.dtype)
+    settings = {
         **checkpoint_settings(task.batches.device),
         "model": read_json(work.model_input),
         "edits": sha256_below(work.repaired),
         "weights": [params.heal_weights, params.heal_rank if params.heal_weights == "lora" else 0, first],
-        "computing": [params.dtype, params.batch_size, params.heal_optimizer],
+        "computing": [params.dtype, params.batch_size],
     }
     parameters = task.trainable_parameters()
-    curves, figures = train(task, parameters, steps, work.heal_checkpoints, checkpoint_key(depends_on, ()))
+    curves, figures = train(task, parameters, steps, work.heal_checkpoints, checkpoint_key(settings, ()))
     if figures.get("held_out_loss_last", 0.0) > figures.get("held_out_loss_first", 0.0):
         logger.warning("heal: what was trained is worse on held-out documents than before; the weights from before are kept")
         edits, figures["kept_step"] = task.edits, 0

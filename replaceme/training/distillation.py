@@ -55,12 +55,7 @@ WARM_UP_STEPS, DECAY, BETAS, CLIP = 3, 0.4, (0.9, 0.95), 1.0
 
 
 def plan_steps(
-    documents: Documents,
-    shares: Sequence[float],
-    tokens: int,
-    tokens_per_step: int,
-    learning_rate: float,
-    muon: torch.dtype | None = None,
+    documents: Documents, shares: Sequence[float], tokens: int, tokens_per_step: int, learning_rate: float
 ) -> StepPlan:
     """Return the steps of a training on a text, in its order, until the tokens are reached.
 
@@ -72,7 +67,6 @@ def plan_steps(
         tokens: tokens to train on.
         tokens_per_step: tokens of a step, to a document.
         learning_rate: the largest learning rate.
-        muon: as of ``StepPlan``.
     """
     lengths, held_out = [*map(len, documents.documents)], list[int]()
     while len(held_out) < len(lengths) // 2 and sum(lengths[: len(held_out)]) < HELD_OUT_TOKENS:
@@ -94,7 +88,7 @@ def plan_steps(
     count, decay = len(steps), math.ceil(DECAY * len(steps))
     rates = [learning_rate * min((step + 1) / WARM_UP_STEPS, 1, (count - step) / (decay + 1)) for step in range(count)]
     evaluated = {0, count - decay, *(FIRST_EVALUATION << power for power in range(count.bit_length()))}
-    return StepPlan(steps, rates, held_out, "heal_learning_rate", evaluated, count - decay, BETAS, CLIP, muon)
+    return StepPlan(steps, rates, held_out, "heal_learning_rate", evaluated, count - decay, BETAS, CLIP)
 
 
 def _iterate_epochs(documents: Documents, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
@@ -209,6 +203,11 @@ class LogitDistillation:
     def names(self) -> list[str]:
         """The trained parameters' names in the shortened model."""
         return self._copy[1]
+
+    @property
+    def matrices(self) -> list[str]:
+        """The names of those that are the matrices of linears; stacks of experts, norms and the factors of lora are not."""
+        return [] if self.which == "lora" else [name for name in self.names if _is_linear(self.student, name)]
 
     @cached_property
     def skipped(self) -> int:

@@ -1,6 +1,6 @@
 """The training loop: weights trained on documents, a few documents per step, for any task.
 
-AdamW, or Muon for matrices and AdamW for the rest; each step's documents and learning rate are known before it begins
+AdamW, or for matrices Muon; each step's documents and learning rate are known before it begins
 (``StepPlan``). Weights, moments and gradients are float32 whatever the model's dtype; dropout is off.
 
 An interrupted run resumes from its last checkpoint and ends with the same result as an uninterrupted one. A checkpoint belongs
@@ -55,10 +55,9 @@ WEIGHT_DECAY, BETAS, CLIP, WARM_UP, FLOOR = 1e-3, (0.9, 0.999), 5.0, 0.01, 0.25
 SEED = 0
 # Folders of checkpoints: the last one, and that after the steps that a longer training has too.
 LAST, SHARED = "checkpoint", "shared"
-# What an optimizer keeps for each weight.
+# What an optimizer keeps for each parameter; and the bytes of a checkpoint for each weight: itself, and its moments.
 STATE_PARTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
-# Of a checkpoint, for each trained weight: itself and both moments of AdamW.
-CHECKPOINT_BYTES = 12
+CHECKPOINT_BYTES = {torch.optim.AdamW: 12, Muon: 8}
 # About one document in so many is held out, by whole texts; their loss is evaluated about this often in a training.
 HELD_OUT_EVERY, EVALUATIONS = 20, 8
 
@@ -77,7 +76,8 @@ class StepPlan:
             result if the held-out loss is evaluated there and lower than after the last step.
         betas: AdamW's.
         clip: the gradient norm to clip at.
-        muon: the format of Muon's products, for matrices; None: all weights learn by AdamW.
+        muon: the parameters that learn by Muon instead of AdamW, by name: matrices.
+        muon_products: the format of its products.
     """
 
     documents: Sequence[Sequence[int]]
@@ -88,7 +88,8 @@ class StepPlan:
     shared: int = 0
     betas: tuple[float, float] = BETAS
     clip: float = CLIP
-    muon: torch.dtype | None = None
+    muon: Collection[str] = ()
+    muon_products: torch.dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ class TrainingRun:
 
     def __init__(self, task: TrainingTask, parameters: dict[str, Tensor], plan: StepPlan, folder: Path, key: str):
         self.task, self.parameters, self.plan, self.folder, self.key = task, parameters, plan, folder, key
-        self.optimizers = make_optimizers(parameters.values(), plan)
+        self.optimizers = make_optimizers(parameters, plan)
         self.step = self.tokens = 0
         self.curves: Curves = {name: [] for name in CURVES}
         self._resume()
@@ -321,14 +322,17 @@ class TrainingRun:
         """Write a checkpoint into the folder with this name."""
         with self.timer.saving():
             tensors = {f"weight.{name}": parameter for name, parameter in self.parameters.items()}
-            for name, part, state in self._optimizer_states():
-                tensors[f"{part}.{name}"] = state[part]
-            progress_so_far = {"step": self.step, "curves": self.curves}
-            save_checkpoint(self.folder / checkpoint, self._key_after(self.step), progress_so_far, tensors)
+            for name, part, kept in self._optimizer_states():
+                tensors[f"{part}.{name}"] = kept[part]
+            state = {"step": self.step, "curves": self.curves}
+            save_checkpoint(self.folder / checkpoint, self._key_after(self.step), state, tensors)
 
     def _require_space(self) -> None:
         """Raise ResourceError if the disk has no room for the last checkpoint, its successor and the shared one."""
-        size = CHECKPOINT_BYTES * sum(parameter.numel() for parameter in self.parameters.values())
+        size = sum(
+            CHECKPOINT_BYTES[type(optimizer)] * sum(parameter.numel() for parameter in optimizer.param_groups[0]["params"])
+            for optimizer in self.optimizers
+        )
         files = [self.folder / name / TENSORS for name in (LAST, SHARED)]
         # What this training will replace.
         written = sum(min(path.stat().st_size, size) for path in files if path.is_file())
@@ -338,7 +342,12 @@ class TrainingRun:
     def _key_after(self, steps: int) -> str:
         """Return the key of a checkpoint after so many steps: it says what these were."""
         text = chain.from_iterable(self.plan.documents[:steps])
-        settings = {"key": self.key, "rates": [*self.plan.rates[:steps]], "sizes": [*map(len, self.plan.documents[:steps])]}
+        settings = {
+            "key": self.key,
+            "rates": [*self.plan.rates[:steps]],
+            "sizes": [*map(len, self.plan.documents[:steps])],
+            "muon": [*self.plan.muon, str(self.plan.muon_products)],
+        }
         return checkpoint_key(settings, (self.task.batches.texts[index] for index in text))
 
     def _resume(self) -> None:
@@ -358,9 +367,9 @@ class TrainingRun:
         self.tokens = sum(map(self.task.batches.token_count, self.plan.documents[: self.step]))
         self.curves = {name: [*map(tuple, rows)] for name, rows in state["curves"].items()}
         self._restore_weights(tensors)
-        for name, part, state in self._optimizer_states():
+        for name, part, kept in self._optimizer_states():
             # AdamW keeps its step count on the CPU.
-            state[part] = tensors[f"{part}.{name}"].to("cpu" if part == "step" else self.parameters[name].device)
+            kept[part] = tensors[f"{part}.{name}"].to("cpu" if part == "step" else self.parameters[name].device)
 
     def _optimizer_states(self) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
         """Yield a parameter's name, a part of its optimizer's state, and that state, for all of them."""
@@ -375,16 +384,14 @@ class TrainingRun:
             parameter.data.copy_(tensors[f"weight.{name}"])
 
 
-def make_optimizers(parameters: Collection[Tensor], plan: StepPlan) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of a training: Muon for matrices, if the plan has it, and AdamW for what is left."""
-    matrices = [parameter for parameter in parameters if plan.muon and parameter.ndim > 1]
-    others = [parameter for parameter in parameters if not (plan.muon and parameter.ndim > 1)]
-    optimizers: list[torch.optim.Optimizer] = []
-    if matrices and plan.muon:
-        optimizers.append(Muon(matrices, plan.muon, WEIGHT_DECAY))
-    if others:
-        optimizers.append(torch.optim.AdamW(others, lr=0.0, betas=plan.betas, weight_decay=WEIGHT_DECAY))
-    return optimizers
+def make_optimizers(parameters: Mapping[str, Tensor], plan: StepPlan) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of a training's parameters."""
+    by_muon = {name: parameters[name] for name in parameters if name in {*plan.muon}}
+    others = [parameter for name, parameter in parameters.items() if name not in by_muon]
+    optimizers: list[torch.optim.Optimizer] = [Muon(by_muon, plan.muon_products, WEIGHT_DECAY)] if by_muon else []
+    return (
+        [*optimizers, torch.optim.AdamW(others, lr=0.0, betas=plan.betas, weight_decay=WEIGHT_DECAY)] if others else optimizers
+    )
 
 
 def write_curves(folder: Path, curves: Curves) -> None:

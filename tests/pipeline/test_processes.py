@@ -85,7 +85,7 @@ def _numbers(content: Any) -> list[float]:
         {**DEFAULT, "memory": "150KB"},
         {"method": "sleb"},
         {**DEFAULT, "remove": "30%", "layers_to_skip": 1},
-        {**DEFAULT, "heal_tokens": 1000, "heal_tokens_per_step": 200, "heal_learning_rate": 1e-3},
+        {**DEFAULT, "heal_tokens": 1000, "heal_tokens_per_step": 200, "heal_learning_rate": 1e-3, "heal_optimizer": "muon"},
     ],
     ids=["streamed", "greedy", "narrower", "healed"],
 )
@@ -156,7 +156,8 @@ def test_a_checkpoint_of_a_shared_repair_counts_if_all_processes_have_it(params:
 
 @pytest.mark.usefixtures("checkpoint_at_each_chance")
 def test_a_shared_healing_goes_on_at_its_last_checkpoint_to_the_same_bits(params: Params, tmp_path: Path) -> None:
-    settings = {"method": "uidl", "heal_tokens": 1000, "heal_tokens_per_step": 200, "batch_size": 3}
+    healing = {"heal_tokens": 1000, "heal_tokens_per_step": 200, "heal_optimizer": "muon"}
+    settings = {"method": "uidl", **healing, "batch_size": 3}
     params, whole, work = Params.model_validate({**dict(params), **settings}), *map(Workspace, (tmp_path / "a", tmp_path / "b"))
     for place in (whole, work):
         inspect_inputs(params, place)
