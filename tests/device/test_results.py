@@ -39,6 +39,7 @@ FAMILIES = {
 ON_LLAMA = {name: case for name, case in CASES.items() if "method" in name} | {
     **{f"llama: {name}": LONG[f"llama: {name}"] for name in PATHS},
     "llama: on both devices": ("llama", {"preset": "published", "device_map": "balanced"}),
+    "llama: healed by muon": ("llama", {"heal_tokens": 600, "heal_tokens_per_step": 200, "heal_optimizer": "muon"}),
 }
 # The second of the two pretended ones.
 LAST = torch.accelerator.device_count() - 1
