@@ -11,6 +11,7 @@ format, measured between the steps.
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ from replaceme.models.find import find_model
 from replaceme.running.cost import peak_memory
 from replaceme.training.distillation import LogitDistillation
 from replaceme.training.muon import ITERATIONS
-from replaceme.training.training import StepPlan, make_optimizers
+from replaceme.training.training import StepPlan, TrainingRun
 
 STEPS, CHOICES = 3, ("all adamw", "all muon", "after_cut adamw", "outputs adamw", "lora adamw")
 
@@ -54,20 +55,19 @@ def measure(which: str, optimizer_name: str) -> None:
     task = LogitDistillation(context, edits, start - 1, which, params.heal_rank)
     parameters = task.trainable_parameters()
     muon = task.matrices if optimizer_name == "muon" else []
-    optimizers = make_optimizers(parameters, StepPlan([], [], [], "", muon=muon, muon_products=model.dtype))
-    times, rates = list[float](), list[float]()
+    count = STEPS + 1
+    rates = [params.heal_learning_rate] * count
+    plan = StepPlan([range(len(documents))] * count, rates, [], "heal_learning_rate", muon=muon, muon_products=model.dtype)
     linears: list[list[Any]] = [[*linears_within(layer).values()] for layer in layers]
     widest = max(linears[0], key=lambda linear: linear.weight.numel())
-    with task.training_context():
-        for _ in range(STEPS + 1):
+    times, product_rates = list[float](), list[float]()
+    with tempfile.TemporaryDirectory() as folder, task.training_context():
+        training = TrainingRun(task, parameters, plan, Path(folder), "")
+        for step in range(count):
             began = now(model)
-            task.loss(parameters, range(len(documents)))
-            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            training.take_step(step)
             times.append(now(model) - began)
-            rates.append(product_rate(model, widest, params.batch_size * params.max_length))
+            product_rates.append(product_rate(model, widest, params.batch_size * params.max_length))
     head = model.get_output_embeddings().weight.numel()
     sizes = [sum(linear.weight.numel() for linear in layer) for layer in linears]
     run = sum(size for at, size in enumerate(sizes) if at >= task.skipped and at not in edits.removed_layers)
@@ -76,7 +76,7 @@ def measure(which: str, optimizer_name: str) -> None:
     operations = 2 * (sum(sizes) + head) + 4 * (run + head) + (6 if which == "lora" else 2) * trained
     shapes = [sorted(parameters[name].shape) for name in muon]
     of_a_step = documents.token_count * operations + sum(ITERATIONS * (4 * m * m * n + 2 * m**3) for m, n in shapes)
-    median, rate = statistics.median(times[1:]), statistics.median(rates[1:])
+    median, rate = statistics.median(times[1:]), statistics.median(product_rates[1:])
     print(
         f"{which:<10}{optimizer_name:<6}{trained / 1e6:8.1f} M{documents.token_count / median:8.0f} tokens/s"
         f"{of_a_step / median / 1e9:8.0f} of {rate / 1e9:.0f} GFLOP/s, {of_a_step / median / rate:.2f}; "

@@ -5,7 +5,7 @@ the size of AdamW's (Liu et al., arXiv 2502.16982), for the same learning rate. 
 bfloat16, which takes forty times as long on a processor without instructions for it, and doesn't divide this among processes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -23,30 +23,35 @@ class Muon(torch.optim.Optimizer):
     """Optimizer of matrices. Processes that share a training divide the matrices, and take the same step.
 
     Args:
-        parameters: (rows, columns) by name, float32, the same in all processes.
+        parameters: (rows, columns) with their names, float32, the same in all processes.
         products: the format of the products that orthogonalize.
         weight_decay: decoupled, as AdamW's.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], products: torch.dtype, weight_decay: float):
-        super().__init__(parameters.values(), {"lr": 0.0})
-        self.parameters, self.products, self.weight_decay = dict(parameters), products, weight_decay
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]], products: torch.dtype, weight_decay: float):
+        super().__init__(parameters, {"lr": 0.0})
+        self.products, self.weight_decay = products, weight_decay
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take a step with the gradients, which become the updates."""
-        updates = {name: parameter.grad for name, parameter in self.parameters.items() if parameter.grad is not None}
-        for number, (name, update) in enumerate(updates.items()):
-            state = self.state[self.parameters[name]]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(update)
-            update.lerp_(state["momentum_buffer"].lerp_(update, 1 - MOMENTUM), MOMENTUM)
-            update.copy_(orthogonalize(update, self.products)) if shard().owns(number) else update.zero_()
-        all_reduce_sum(updates)
-        rate = self.param_groups[0]["lr"]
-        for name, update in updates.items():
-            parameter = self.parameters[name]
-            parameter.mul_(1 - rate * self.weight_decay).sub_(update, alpha=rate * UPDATE_SIZE * max(parameter.shape) ** 0.5)
+        for group in self.param_groups:
+            for number, parameter in enumerate(group["params"]):
+                state, update = self.state[parameter], parameter.grad
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(update)
+                update.lerp_(state["momentum_buffer"].lerp_(update, 1 - MOMENTUM), MOMENTUM)
+                if shard().owns(number):
+                    update.copy_(orthogonalize(update, self.products))
+                else:
+                    update.zero_()
+            all_reduce_sum(
+                {name: parameter.grad for name, parameter in zip(group["param_names"], group["params"], strict=True)}
+            )
+            rate = group["lr"]
+            for parameter in group["params"]:
+                size = UPDATE_SIZE * max(parameter.shape) ** 0.5
+                parameter.mul_(1 - rate * self.weight_decay).sub_(parameter.grad, alpha=rate * size)
 
 
 def orthogonalize(matrix: Tensor, products: torch.dtype) -> Tensor:
@@ -56,11 +61,11 @@ def orthogonalize(matrix: Tensor, products: torch.dtype) -> Tensor:
         matrix: the matrix; one of zeros stays zero.
         products: the format of the products.
     """
+    rows, columns = matrix.shape
     x = matrix.div(torch.linalg.matrix_norm(matrix).clamp_min(1e-7)).to(products)
-    tall = len(x) > len(x.T)
-    x = x.T if tall else x
+    x = x.T if rows > columns else x
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+    return x.T if rows > columns else x

@@ -374,10 +374,10 @@ class TrainingRun:
     def _optimizer_states(self) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
         """Yield a parameter's name, a part of its optimizer's state, and that state, for all of them."""
         for optimizer in self.optimizers:
-            own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-            for name, parameter in self.parameters.items():
-                for part in STATE_PARTS[type(optimizer)] if parameter in own else ():
-                    yield name, part, optimizer.state[parameter]
+            for group in optimizer.param_groups:
+                for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                    for part in STATE_PARTS[type(optimizer)]:
+                        yield name, part, optimizer.state[parameter]
 
     def _restore_weights(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
@@ -385,13 +385,16 @@ class TrainingRun:
 
 
 def make_optimizers(parameters: Mapping[str, Tensor], plan: StepPlan) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of a training's parameters."""
-    by_muon = {name: parameters[name] for name in parameters if name in {*plan.muon}}
-    others = [parameter for name, parameter in parameters.items() if name not in by_muon]
-    optimizers: list[torch.optim.Optimizer] = [Muon(by_muon, plan.muon_products, WEIGHT_DECAY)] if by_muon else []
-    return (
-        [*optimizers, torch.optim.AdamW(others, lr=0.0, betas=plan.betas, weight_decay=WEIGHT_DECAY)] if others else optimizers
-    )
+    """Return the optimizers of a training's parameters, each with one group, which has their names."""
+    muon = {*plan.muon}
+    matrices = [(name, parameter) for name, parameter in parameters.items() if name in muon]
+    others = [(name, parameter) for name, parameter in parameters.items() if name not in muon]
+    optimizers: list[torch.optim.Optimizer] = []
+    if matrices:
+        optimizers.append(Muon(matrices, plan.muon_products, WEIGHT_DECAY))
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=0.0, betas=plan.betas, weight_decay=WEIGHT_DECAY))
+    return optimizers
 
 
 def write_curves(folder: Path, curves: Curves) -> None:
