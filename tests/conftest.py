@@ -98,8 +98,8 @@ def _one_thread() -> None:
 @pytest.fixture
 def checkpoint_at_each_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint is due whenever one can be written."""
-    monkeypatch.setattr("replaceme.training.checkpoints.CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr("replaceme.training.checkpoints.SAVING_SHARE", 0)
+    monkeypatch.setattr("replaceme.base.checkpoints.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("replaceme.base.checkpoints.SAVING_SHARE", 0)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -244,7 +244,8 @@ def read_params(
     given = dict(overrides or {})
     file_name = str(path or "no file")
     chosen, why = choose_preset(file, given, preset, file_name)
-    base = preset_values(chosen, given.get("method", file.get("method", Params.model_fields["method"].default)))
+    named = {**file, **given}
+    base = preset_values(chosen, named.get("method", Params.model_fields["method"].default), named)
     if methods is not None and not file.keys() | given.keys() >= RECOMMENDED.keys():
         logger.info("preset %s (%s)", chosen, why)
     values: dict[str, Any] = {}

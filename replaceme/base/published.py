@@ -6,10 +6,10 @@ name. Keys that only mattered to the published program are ignored, with a log l
 A preset says what a run takes for the parameters that nobody names. ``published`` is what the published program does: the
 defaults in ``replaceme.base.parameters``. ``recommended`` is what we found to keep more of the model. Its values stand here
 alone; the pipeline's params.yaml states them, and a test holds the two equal. ``quick`` is the same on a quarter of the text,
-with fewer scores: a first result. ``healed`` is the same, and trained.
+with fewer scores: a first result. ``healed`` takes text of the model's own too, and is trained.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args
 
 from replaceme.base.errors import ParameterError, quote
@@ -60,7 +60,13 @@ RECOMMENDED: Mapping[str, Any] = {
 # What these presets change of the recommended values.
 CHANGES: Mapping[Preset, Mapping[str, Any]] = {
     "quick": {"dataset_size": 16, "tasks": ["bbc_news", "medical_abstracts", "wikipedia_last_word"], "eval_tokens": 2048},
-    "healed": {"heal_tokens": 250_000},
+    "healed": {
+        "dataset": [*RECOMMENDED["dataset"], "self"],
+        "heal_dataset": [{"wikipedia-sample": 2}, "finance-answers", "python-code"],
+        "heal_tokens": 250_000,
+        "heal_tokens_per_step": 2048,
+        "heal_learning_rate": 2e-4,
+    },
 }
 # The recommended cut and its replacement belong to the recommended method. Any other one stays what was published of it.
 RECOMMENDED_METHOD = "lstsq"
@@ -190,10 +196,17 @@ def choose_preset(
     return "recommended", "the default"
 
 
-def preset_values(preset: Preset, method: object) -> dict[str, Any]:
-    """Return what a preset sets with a method, as in a config file."""
+def preset_values(preset: Preset, method: object, named: Collection[str] = ()) -> dict[str, Any]:
+    """Return what a preset sets with a method, as in a config file.
+
+    Args:
+        preset: the preset.
+        method: the method.
+        named: the parameters that the user sets. Who names a text for the calibration means it for the healing too.
+    """
     if preset == "published":
         return {}
     own = method == RECOMMENDED_METHOD
     recommended = {key: value for key, value in RECOMMENDED.items() if own or key not in OF_THE_METHOD}
-    return {**recommended, **CHANGES.get(preset, {})}
+    values = {**recommended, **CHANGES.get(preset, {})}
+    return {key: value for key, value in values.items() if not (key == "heal_dataset" and "dataset" in named)}

@@ -115,8 +115,8 @@ class TrainedLayer(ModelEdit):
 
 def train_layer(context: MethodContext) -> dict[str, Any]:
     """Train the layer before the cut, add its weights to the edits, and return figures of the training."""
+    from replaceme.base.checkpoints import checkpoint_key
     from replaceme.models.devices import require_resident
-    from replaceme.training.checkpoints import checkpoint_key
     from replaceme.training.training import (
         LearningRateSchedule,
         checkpoint_settings,

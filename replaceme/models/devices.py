@@ -7,15 +7,18 @@ import platform
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from replaceme.base import accelerators
 from replaceme.base.errors import ModelError, ResourceError
+from replaceme.base.fingerprints import code_digest
 from replaceme.base.group import local_gpu, local_world_size
 from replaceme.base.ranks import world_size
 from replaceme.running.machine import processor
+from replaceme.running.versions import FOUR_BIT, MODEL, versions
 
 # Options of glibc's allocator (malloc.h), in bytes: M_TRIM_THRESHOLD, the free space at the heap's top that is kept; M_TOP_PAD,
 # the extra space when the heap grows; M_MMAP_THRESHOLD, the size from which a block is mapped by itself.
@@ -51,6 +54,11 @@ def kind_of(device: str) -> str:
     if accelerators.is_accelerator(device):
         return accelerators.device_name(device)
     return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """Return the code, the packages and the kind of device, for a checkpoint's key: others could give other steps."""
+    return {"code": code_digest(), "versions": versions((*MODEL, *FOUR_BIT)), "device": kind_of(device)}
 
 
 def free_memory(device: str) -> int:

@@ -114,10 +114,11 @@ def _write_own_text(params: Params, work: Workspace, context: ModelContext, toke
 
     They are kept beside the checkpoints until the training has ended, so that one that resumes doesn't write them again.
     """
+    from replaceme.base.checkpoints import checkpoint_key
     from replaceme.base.documents import Documents
     from replaceme.calibration.own_text import MAX_TOKENS, write_batches
+    from replaceme.models.devices import describe_environment
     from replaceme.models.kv_cache import eager_attention_where_faster
-    from replaceme.training.checkpoints import checkpoint_key, describe_environment
 
     length = min(params.max_length, MAX_TOKENS)
     count, folder = ceil(tokens / length), work.heal_checkpoints / OWN_TEXT
@@ -140,11 +141,11 @@ def _write_own_text(params: Params, work: Workspace, context: ModelContext, toke
 
 def _train(params: Params, work: Workspace, context: ModelContext) -> tuple[Edits, dict[str, Any], Curves]:
     """Return the edits that give the trained model, the training's figures and the curves; ``context`` has the text."""
+    from replaceme.base.checkpoints import checkpoint_key
     from replaceme.calibration.sources import healing_params, list_sources
     from replaceme.edits.edits import Edits
     from replaceme.models.dtypes import stored_dtype
     from replaceme.models.find import recorded_model
-    from replaceme.training.checkpoints import checkpoint_key
     from replaceme.training.distillation import LogitDistillation, plan_steps
     from replaceme.training.training import checkpoint_settings, train
 

@@ -4,6 +4,7 @@ states.
 
 from typing import Any
 
+from replaceme.base.checkpoints import checkpoint_key
 from replaceme.base.combinations import STEPWISE
 from replaceme.base.documents import Documents
 from replaceme.base.files import copy_tree, new_folder, read_json, remove, round_floats, write_json, write_table
@@ -16,7 +17,7 @@ from replaceme.edits.edits import Edits
 from replaceme.methods.method import MethodContext
 from replaceme.methods.refusals import streaming_obstacle
 from replaceme.methods.registry import METHODS, read_by
-from replaceme.models.devices import resolve_device, use_processor
+from replaceme.models.devices import describe_environment, resolve_device, use_processor
 from replaceme.models.families import inputs_of
 from replaceme.models.find import calibration_context, recorded_model
 from replaceme.models.width import mlp_width_entry
@@ -27,7 +28,6 @@ from replaceme.running.stage import PASS, Stage
 from replaceme.running.workspace import Workspace
 from replaceme.selection.budget import apply_budget
 from replaceme.statistics.cut_statistics import are_reducible
-from replaceme.training.checkpoints import checkpoint_key, describe_environment
 from replaceme.training.training import write_curves
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from replaceme.base.checkpoints import CheckpointTimer
 from replaceme.base.errors import ResourceError, resource_failure
 from replaceme.base.files import new_folder, read_json, remove, write_json
 from replaceme.base.fingerprints import sha256_below
@@ -22,7 +23,6 @@ from replaceme.base.group import all_gather, shard
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
 from replaceme.repair.state import RepairState
-from replaceme.training.checkpoints import CheckpointTimer
 
 STATE, STATES = "state.json", ("dense", "shortened")
 # Rows written at once.

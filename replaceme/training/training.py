@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from replaceme.base.accelerators import to_device
+from replaceme.base.checkpoints import STATE, TENSORS, CheckpointTimer, checkpoint_key, load_checkpoint, save_checkpoint
 from replaceme.base.documents import Batch, Documents, seeded_order, split_indices
 from replaceme.base.errors import SolveError
 from replaceme.base.files import read_remembered, round_floats
@@ -32,16 +33,8 @@ from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank
 from replaceme.base.scratch import require_space, scratch
 from replaceme.models.context import ModelContext
+from replaceme.models.devices import describe_environment
 from replaceme.statistics.walk import RecordStates, Signals, sum_tensors, walk
-from replaceme.training.checkpoints import (
-    STATE,
-    TENSORS,
-    CheckpointTimer,
-    checkpoint_key,
-    describe_environment,
-    load_checkpoint,
-    save_checkpoint,
-)
 from replaceme.training.muon import Muon
 
 # Rows (number of steps taken before, loss), by the name of the curve: of a step's batch, or of the held-out documents.
@@ -227,7 +220,7 @@ def train(
         parameters: the initial values, float32 with gradients enabled; they are changed in place.
         plan: its steps.
         folder: folder for checkpoints and, while it runs, the curves.
-        key: digest of all that the training depends on besides the plan (``replaceme.training.checkpoints``).
+        key: digest of all that the training depends on besides the plan (``replaceme.base.checkpoints``).
 
     Returns:
         The curves, and figures of the training.

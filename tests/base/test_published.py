@@ -101,7 +101,15 @@ def test_a_quick_run_takes_less_text_and_a_healed_one_trains() -> None:
         read_params(None, {"preset": name}, METHODS).model_dump() for name in ("recommended", "quick", "healed")
     )
     assert {key for key in recommended if quick[key] != recommended[key]} == {"dataset_size", "tasks", "eval_tokens"}
-    assert {key for key in recommended if healed[key] != recommended[key]} == {"heal_tokens"}
+    changed = {key for key in recommended if healed[key] != recommended[key]}
+    assert changed == {"dataset", "heal_dataset", "heal_tokens", "heal_tokens_per_step", "heal_learning_rate"}
+
+
+def test_a_healed_run_on_a_text_of_ones_own_trains_on_it() -> None:
+    own, embedded = (read_params(None, {"preset": "healed", **given}) for given in ({"dataset": "mine.txt"}, {}))
+    assert own.heal_dataset is None
+    assert own.dataset == "mine.txt"
+    assert embedded.heal_dataset is not None
 
 
 def test_the_recommended_cut_belongs_to_the_recommended_method(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from replaceme.base import checkpoints
 from replaceme.base.documents import Documents, split_indices
 from replaceme.base.errors import SolveError
 from replaceme.base.files import read_json
@@ -28,7 +29,7 @@ from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.running.workspace import Workspace
 from replaceme.statistics.profile import profile_model
-from replaceme.training import checkpoints, training
+from replaceme.training import training
 from replaceme.training.training import LearningRateSchedule, record_entry_and_exit, shuffled_batches, train
 from tests.conftest import LAYERS, OBSTACLES, REPRESENTATIVES, made_model
 from tests.helpers import TEXT, context_of, hooked_and_folded, layer_outputs, many_documents, shortened_logits

@@ -18,9 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replaceme.base.files import new_folder, read_remembered, write_json
-from replaceme.base.fingerprints import code_digest
-from replaceme.models.devices import kind_of
-from replaceme.running.versions import FOUR_BIT, MODEL, versions
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 # Bytes of a tensor that are hashed at once.
@@ -47,11 +44,6 @@ class CheckpointTimer:
         yield
         self.last_saved = time.monotonic()
         self.last_duration = self.last_saved - start
-
-
-def describe_environment(device: str) -> dict[str, Any]:
-    """Return the code, the packages and the kind of device, for a checkpoint's key: others could give other steps."""
-    return {"code": code_digest(), "versions": versions((*MODEL, *FOUR_BIT)), "device": kind_of(device)}
 
 
 def checkpoint_key(settings: Mapping[str, Any], tensors: Iterable[Tensor]) -> str:
