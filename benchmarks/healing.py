@@ -30,7 +30,7 @@ from replaceme.models.devices import resolve_device, use_processor
 from replaceme.models.families import is_conv1d, linears_within
 from replaceme.models.find import find_model
 from replaceme.running.cost import peak_memory
-from replaceme.training.distillation import LogitDistillation
+from replaceme.training.distillation import BETAS, CLIP, LogitDistillation
 from replaceme.training.muon import ITERATIONS
 from replaceme.training.training import StepPlan, TrainingRun
 
@@ -57,7 +57,8 @@ def measure(which: str, optimizer_name: str) -> None:
     muon = task.matrices if optimizer_name == "muon" else []
     count = STEPS + 1
     rates = [params.heal_learning_rate] * count
-    plan = StepPlan([range(len(documents))] * count, rates, [], "heal_learning_rate", muon=muon, muon_products=model.dtype)
+    steps = [range(len(documents))] * count
+    plan = StepPlan(steps, rates, [], "heal_learning_rate", BETAS, CLIP, muon=muon, muon_products=model.dtype)
     linears: list[list[Any]] = [[*linears_within(layer).values()] for layer in layers]
     widest = max(linears[0], key=lambda linear: linear.weight.numel())
     times, product_rates = list[float](), list[float]()

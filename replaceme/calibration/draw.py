@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SEPARATOR = "\n\n"
-# At most one document in so many is held out (``replaceme.training.training``): from so many texts on, a text is one source.
+# One document in so many is held out of a training at the fewest (``replaceme.methods.llm_streamline``): from so many texts on,
+# a text is one source.
 PARTS = 20
 # Little text is split into pieces of no fewer tokens.
 SHORTEST_PIECE = 16

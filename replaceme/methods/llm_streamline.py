@@ -12,10 +12,12 @@ transformers has layers without an attention; with ``plain``, the attention stay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field
@@ -36,9 +38,14 @@ if TYPE_CHECKING:
     from replaceme.models.context import ModelContext
     from replaceme.models.families import Family
     from replaceme.models.model import Model
-    from replaceme.training.training import DocumentBatches
+    from replaceme.training.training import DocumentBatches, StepPlan
 
 TITLES = {"layer": "LLM-Streamline (a trained layer)", "mlp": "LLM-Streamline (a trained MLP)"}
+# Of the public code: AdamW's moments, the gradient norm to clip at, the fraction of the steps that warm up, and the final
+# learning rate as a fraction of the largest.
+BETAS, CLIP, WARM_UP, FLOOR = (0.9, 0.999), 5.0, 0.01, 0.25
+# About one document in so many is held out, by whole texts; their loss is evaluated about this often in a training.
+HELD_OUT_EVERY, EVALUATIONS = 20, 8
 
 
 class Training(Settings):
@@ -117,13 +124,7 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
     """Train the layer before the cut, add its weights to the edits, and return figures of the training."""
     from replaceme.base.checkpoints import checkpoint_key
     from replaceme.models.devices import require_resident
-    from replaceme.training.training import (
-        LearningRateSchedule,
-        checkpoint_settings,
-        record_entry_and_exit,
-        train,
-        write_curves,
-    )
+    from replaceme.training.training import checkpoint_settings, train, write_curves
 
     own, params, family = Training.of(context.params), context.params, context.family
     (block,) = context.plan.blocks
@@ -151,6 +152,73 @@ def train_layer(context: MethodContext) -> dict[str, Any]:
     context.edits.title = TITLES[own.llm_streamline_form]
     context.edits.model_edit = trained_edit(family, layer, index, trained, without, plain=params.plain)
     return figures
+
+
+@dataclass(frozen=True)
+class LearningRateSchedule:
+    """Length and learning rate of a training in epochs: a linear warm-up and a cosine decay.
+
+    Attributes:
+        learning_rate: the largest learning rate.
+        epochs: passes over the documents.
+        batch_size: documents per step.
+        rate_name: name of the parameter that sets the learning rate, for messages.
+    """
+
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    rate_name: str
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step (from 0) out of ``steps``."""
+        warm = max(WARM_UP * steps, 1.0)
+        if step + 1 < warm:
+            return self.learning_rate * (step + 1) / warm
+        done = (step + 1 - warm) / max(steps - warm, 1.0)
+        return self.learning_rate * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+
+    def plan(self, sources: Sequence[int]) -> StepPlan:
+        """Return the steps on documents with these sources, in the order of a walk; the order depends only on the epoch."""
+        from replaceme.base.documents import split_indices
+        from replaceme.training.training import StepPlan
+
+        train_indices, held_out = split_indices(sources, HELD_OUT_EVERY)
+        epochs = (shuffled_batches(train_indices, epoch, self.batch_size) for epoch in range(self.epochs))
+        documents = [*chain(*epochs)]
+        rates = [self.rate(step, len(documents)) for step in range(len(documents))]
+        evaluated = range(0, len(documents), max(len(documents) // EVALUATIONS, 1))
+        return StepPlan(documents, rates, held_out, self.rate_name, BETAS, CLIP, evaluated)
+
+
+def shuffled_batches(documents: Sequence[int], epoch: int, batch_size: int) -> list[list[int]]:
+    """Return an epoch's batches of documents, in random order."""
+    from replaceme.base.documents import seeded_order
+    from replaceme.training.training import SEED
+
+    shuffled = [documents[index] for index in seeded_order(len(documents), SEED + epoch).tolist()]
+    return [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
+
+
+def record_entry_and_exit(context: ModelContext, first: int, last: int) -> tuple[Tensor, Tensor]:
+    """Return the states that enter one layer and those that leave another, in scratch files.
+
+    Args:
+        context: the dense model and its calibration text.
+        first: the layer whose input states are recorded.
+        last: the layer whose output states are recorded.
+
+    Returns:
+        Both (tokens, d), in the model's dtype and the order of a walk.
+    """
+    from replaceme.base.scratch import scratch
+    from replaceme.statistics.walk import RecordStates, walk
+
+    shape = context.documents.token_count, context.width
+    entering, leaving = scratch([shape] * 2, context.model.dtype, context.folder, "training")
+    ends = [RecordStates(first, ("input",), entering), RecordStates(last, ("output",), leaving)]
+    walk(context, ends, description="recording the states to train on")
+    return entering, leaving
 
 
 def trained_edit(
@@ -203,6 +271,18 @@ class LayerDistillation:
 
         return DocumentBatches(self.documents.in_walk_order(), next(self.module.parameters()).device)
 
+    def rows(self, states: Tensor, documents: Sequence[int]) -> Tensor:
+        """Return the rows of documents from states (tokens, d) in the order of a walk, float32."""
+        import torch
+
+        parts = [states[self.starts[index] : self.starts[index] + len(self.batches.texts[index])] for index in documents]
+        return self._to_device(torch.cat(parts))
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Each document's first row of the states."""
+        return (self.batches.lengths.cumsum(0) - self.batches.lengths).tolist()
+
     @cached_property
     def fixed(self) -> dict[str, Tensor]:
         """The layer's buffers and untrained weights, in float32."""
@@ -226,8 +306,8 @@ class LayerDistillation:
     def loss(self, parameters: Mapping[str, Tensor], documents: Sequence[int]) -> float:
         """Return the mean squared error, over the real tokens of documents, with the given parameters; add its gradients."""
         batch = self.batches.batch(documents)
-        outputs = batch.real(self.states(parameters, batch, self.batches.rows(self.inputs, documents).float()))
-        loss = (outputs - self.batches.rows(self.targets, documents).float()).square().mean()
+        outputs = batch.real(self.states(parameters, batch, self.rows(self.inputs, documents)))
+        loss = (outputs - self.rows(self.targets, documents)).square().mean()
         if loss.requires_grad:
             loss.backward()
         return float(loss.detach())

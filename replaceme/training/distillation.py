@@ -88,7 +88,7 @@ def plan_steps(
     count, decay = len(steps), math.ceil(DECAY * len(steps))
     rates = [learning_rate * min((step + 1) / WARM_UP_STEPS, 1, (count - step) / (decay + 1)) for step in range(count)]
     evaluated = {0, count - decay, *(FIRST_EVALUATION << power for power in range(count.bit_length()))}
-    return StepPlan(steps, rates, held_out, "heal_learning_rate", evaluated, count - decay, BETAS, CLIP)
+    return StepPlan(steps, rates, held_out, "heal_learning_rate", BETAS, CLIP, evaluated, count - decay)
 
 
 def _iterate_epochs(documents: Documents, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

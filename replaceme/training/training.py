@@ -25,25 +25,22 @@ from torch import Tensor
 
 from replaceme.base.accelerators import to_device
 from replaceme.base.checkpoints import STATE, TENSORS, CheckpointTimer, checkpoint_key, load_checkpoint, save_checkpoint
-from replaceme.base.documents import Batch, Documents, seeded_order, split_indices
+from replaceme.base.documents import Batch, Documents
 from replaceme.base.errors import SolveError
 from replaceme.base.files import read_remembered, round_floats
-from replaceme.base.group import all_gather, all_reduce_sum, merge_rows, shard
+from replaceme.base.group import all_gather, all_reduce_sum, shard
 from replaceme.base.progress import logger, progress
 from replaceme.base.ranks import rank
-from replaceme.base.scratch import require_space, scratch
-from replaceme.models.context import ModelContext
+from replaceme.base.scratch import require_space
 from replaceme.models.devices import describe_environment
-from replaceme.statistics.walk import RecordStates, Signals, sum_tensors, walk
 from replaceme.training.muon import Muon
 
 # Rows (number of steps taken before, loss), by the name of the curve: of a step's batch, or of the held-out documents.
 Curves = dict[str, list[tuple[int, float]]]
 CURVES = ("loss", "held_out_loss")
 
-# Published values (LLM-Streamline, arXiv 2403.19135, and its public code): AdamW's weight decay and moments, the gradient norm
-# to clip at, the fraction of the steps that warm up, and the final learning rate as a fraction of the largest.
-WEIGHT_DECAY, BETAS, CLIP, WARM_UP, FLOOR = 1e-3, (0.9, 0.999), 5.0, 0.01, 0.25
+# AdamW's weight decay (LLM-Streamline's public code, arXiv 2403.19135).
+WEIGHT_DECAY = 1e-3
 # Seed of the documents' order.
 SEED = 0
 # Folders of checkpoints: the last one, and that after the steps that a longer training has too.
@@ -51,8 +48,6 @@ LAST, SHARED = "checkpoint", "shared"
 # What an optimizer keeps for each parameter; and the bytes of a checkpoint for each weight: itself, and its moments.
 STATE_PARTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 CHECKPOINT_BYTES = {torch.optim.AdamW: 12, Muon: 8}
-# About one document in so many is held out, by whole texts; their loss is evaluated about this often in a training.
-HELD_OUT_EVERY, EVALUATIONS = 20, 8
 
 
 @dataclass(frozen=True)
@@ -64,11 +59,11 @@ class StepPlan:
         rates: the learning rate of each step.
         held_out: documents that no step takes.
         rate_name: name of the parameter that sets the learning rate, for messages.
+        betas: AdamW's.
+        clip: the gradient norm to clip at.
         evaluated: the steps before which the loss on those held out is evaluated; it is after the last one too.
         shared: the number of first steps that a longer training has too; a checkpoint after them is kept. Its weights are the
             result if the held-out loss is evaluated there and lower than after the last step.
-        betas: AdamW's.
-        clip: the gradient norm to clip at.
         muon: the parameters that learn by Muon instead of AdamW, by name: matrices.
         muon_products: the format of its products.
     """
@@ -77,46 +72,12 @@ class StepPlan:
     rates: Sequence[float]
     held_out: Sequence[int]
     rate_name: str
+    betas: tuple[float, float]
+    clip: float
     evaluated: Collection[int] = (0,)
     shared: int = 0
-    betas: tuple[float, float] = BETAS
-    clip: float = CLIP
     muon: Collection[str] = ()
     muon_products: torch.dtype = torch.bfloat16
-
-
-@dataclass(frozen=True)
-class LearningRateSchedule:
-    """Length and learning rate of a training in epochs: a linear warm-up and a cosine decay.
-
-    Attributes:
-        learning_rate: the largest learning rate.
-        epochs: passes over the documents.
-        batch_size: documents per step.
-        rate_name: name of the parameter that sets the learning rate, for messages.
-    """
-
-    learning_rate: float
-    epochs: int
-    batch_size: int
-    rate_name: str
-
-    def rate(self, step: int, steps: int) -> float:
-        """Return the learning rate of a step (from 0) out of ``steps``."""
-        warm = max(WARM_UP * steps, 1.0)
-        if step + 1 < warm:
-            return self.learning_rate * (step + 1) / warm
-        done = (step + 1 - warm) / max(steps - warm, 1.0)
-        return self.learning_rate * (FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
-
-    def plan(self, sources: Sequence[int]) -> StepPlan:
-        """Return the steps on documents with these sources, in the order of a walk; the order depends only on the epoch."""
-        train_indices, held_out = split_indices(sources, HELD_OUT_EVERY)
-        epochs = (shuffled_batches(train_indices, epoch, self.batch_size) for epoch in range(self.epochs))
-        documents = [*chain(*epochs)]
-        rates = [self.rate(step, len(documents)) for step in range(len(documents))]
-        evaluated = range(0, len(documents), max(len(documents) // EVALUATIONS, 1))
-        return StepPlan(documents, rates, held_out, self.rate_name, evaluated)
 
 
 class DocumentBatches:
@@ -131,18 +92,12 @@ class DocumentBatches:
         self.device = device
         self.texts = documents.documents
         self.lengths = torch.tensor([len(text) for text in self.texts])
-        self.starts = (self.lengths.cumsum(0) - self.lengths).tolist()
 
     def batch(self, documents: Sequence[int]) -> Batch:
         """Return documents as one padded batch."""
         texts = [self.texts[index].long() for index in documents]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         return Batch(to_device(ids, self.device), torch.tensor([len(text) for text in texts]), 0, 0)
-
-    def rows(self, states: Tensor, documents: Sequence[int]) -> Tensor:
-        """Return the rows of documents from states (tokens, d) in the order of the text."""
-        parts = [states[self.starts[index] : self.starts[index] + len(self.texts[index])] for index in documents]
-        return to_device(torch.cat(parts), self.device)
 
     def token_count(self, documents: Sequence[int]) -> int:
         """Return the number of tokens of documents."""
@@ -171,40 +126,6 @@ class TrainingTask(Protocol):
     def training_context(self) -> AbstractContextManager[None]:
         """Return a context that prepares the model for the training and restores it afterwards."""
         ...
-
-
-def record_entry_and_exit(context: ModelContext, first: int, last: int) -> tuple[Tensor, Tensor]:
-    """Return the states that enter one layer and those that leave another, in scratch files.
-
-    Args:
-        context: the dense model and its calibration text.
-        first: the layer whose input states are recorded.
-        last: the layer whose output states are recorded.
-
-    Returns:
-        Both (tokens, d), in the model's dtype and the order of a walk.
-    """
-    shape = context.documents.token_count, context.width
-    entering, leaving = scratch([shape] * 2, context.model.dtype, context.folder, "training")
-    ends = [_RecordAllStates(first, ("input",), entering), _RecordAllStates(last, ("output",), leaving)]
-    walk(context, ends, description="recording the states to train on")
-    return entering, leaving
-
-
-class _RecordAllStates(RecordStates):
-    """Observer that gives all processes that share a walk the states of all tokens; ``states`` is zero before."""
-
-    def observe(self, layer: int, signals: Signals, batch: Batch) -> None:
-        self.states[batch.positions] = sum_tensors(batch.real(signals[name]) for name in self.summands).to(self.states)
-
-    def all_reduce(self) -> None:
-        merge_rows(self.states)
-
-
-def shuffled_batches(documents: Sequence[int], epoch: int, batch_size: int) -> list[list[int]]:
-    """Return an epoch's batches of documents, in random order."""
-    shuffled = [documents[index] for index in seeded_order(len(documents), SEED + epoch).tolist()]
-    return [shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size)]
 
 
 def train(
@@ -440,6 +361,6 @@ def checkpoint_settings(device: torch.device) -> dict[str, Any]:
 
     Any other code, package or kind of device than that of the first step could give steps that don't belong together.
     """
-    constants = [WEIGHT_DECAY, SEED, HELD_OUT_EVERY]
+    constants = [WEIGHT_DECAY, SEED]
     computing = {"threads": torch.get_num_threads(), "processes": shard().size}
     return {"constants": constants, **describe_environment(str(device)), **computing}

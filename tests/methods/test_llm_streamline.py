@@ -21,7 +21,15 @@ from replaceme.base.plan import Block, load_blocks
 from replaceme.edits.edits import Edits
 from replaceme.export.save import save_pruned
 from replaceme.export.verification import measure_cache_error, verify_export
-from replaceme.methods.llm_streamline import LayerDistillation, TrainedLayer, train_layer
+from replaceme.methods import llm_streamline
+from replaceme.methods.llm_streamline import (
+    LayerDistillation,
+    LearningRateSchedule,
+    TrainedLayer,
+    record_entry_and_exit,
+    shuffled_batches,
+    train_layer,
+)
 from replaceme.models.context import ModelContext
 from replaceme.models.families import FAMILIES, Family, family_of, parameter_of
 from replaceme.models.kv_cache import cache_bytes_per_token
@@ -29,8 +37,7 @@ from replaceme.models.model import Model
 from replaceme.models.own_form import is_own_form
 from replaceme.running.workspace import Workspace
 from replaceme.statistics.profile import profile_model
-from replaceme.training import training
-from replaceme.training.training import LearningRateSchedule, record_entry_and_exit, shuffled_batches, train
+from replaceme.training.training import train
 from tests.conftest import LAYERS, OBSTACLES, REPRESENTATIVES, made_model
 from tests.helpers import TEXT, context_of, hooked_and_folded, layer_outputs, many_documents, shortened_logits
 from tests.interruption import InterruptedRunError, counted, stop_at
@@ -173,13 +180,13 @@ def test_held_out_texts_are_not_trained_on(pieces: int, tmp_path: Path) -> None:
     texts = Documents(many_documents(40).documents, [number // pieces for number in range(40)])
     distillation = distillation_of(made_model(), texts)
     ordered = texts.in_walk_order()
-    train_indices, held_out = split_indices(ordered.sources, training.HELD_OUT_EVERY)
+    train_indices, held_out = split_indices(ordered.sources, llm_streamline.HELD_OUT_EVERY)
     assert (sorted(train_indices + held_out), len(held_out)) == ([*range(40)], 2)
     assert not {ordered.sources[place] for place in train_indices} & {ordered.sources[place] for place in held_out}
     schedule = LearningRateSchedule(1e-3, 1, 4, RATE)
     first, _ = trained_on(distillation, schedule, tmp_path / "one")
     for index in held_out:
-        start = distillation.batches.starts[index]
+        start = distillation.starts[index]
         distillation.targets[start : start + len(distillation.batches.texts[index])] += 1
     second, _ = trained_on(distillation, schedule, tmp_path / "two")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -197,7 +204,7 @@ def test_the_trained_layer_sees_no_later_token(kind: str, documents: Documents, 
     model = made_model(kind)
     distillation = distillation_of(model, documents)
     parameters, _ = trained_on(distillation, LearningRateSchedule(1e-2, 2, 4, RATE), tmp_path)
-    batch, rows = distillation.batches.batch([0]), distillation.batches.rows(distillation.inputs, [0])
+    batch, rows = distillation.batches.batch([0]), distillation.rows(distillation.inputs, [0])
     changed = rows.clone()
     changed[20:] += 1
     with torch.no_grad():

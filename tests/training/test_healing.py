@@ -50,7 +50,7 @@ from replaceme.pipeline.solve import solve
 from replaceme.report.sentences import describe_healing
 from replaceme.running.workspace import Workspace
 from replaceme.training import distillation
-from replaceme.training.distillation import LogitDistillation, plan_steps
+from replaceme.training.distillation import BETAS, CLIP, LogitDistillation, plan_steps
 from replaceme.training.muon import orthogonalize
 from replaceme.training.training import StepPlan, TrainingRun, train
 from tests.conftest import REPRESENTATIVES, WIDTH, made_model, made_text
@@ -456,7 +456,7 @@ def test_a_number_of_tokens_can_be_short_and_the_older_key_is_read() -> None:
 
 def test_a_plan_without_steps_that_are_shared_keeps_no_checkpoint(tmp_path: Path) -> None:
     task = task_of(made_model(), Edits("", [*BLOCK.layers]))
-    train(task, task.trainable_parameters(), StepPlan([[0]], [1e-3], [], "heal_learning_rate"), tmp_path, "")
+    train(task, task.trainable_parameters(), StepPlan([[0]], [1e-3], [], "heal_learning_rate", BETAS, CLIP), tmp_path, "")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held_out_loss.tsv", "loss.tsv"]
 
 
