@@ -13,7 +13,7 @@ PACKAGES = ("replaceme", "stages")
 ASKED = {
     "select": {"choose", "merge_schedule"},
     "inputs": {"check", "check_merges"},
-    "repair": {"train_layer", "batches"},
+    "repair": {"train_layer", "batches", "plan", "shuffled_batches", "record_entry_and_exit"},
 }
 METHODS, CRITERIA = ROOT / "replaceme" / "methods", ROOT / "replaceme" / "selection" / "criteria.py"
 
