@@ -125,13 +125,14 @@ class Documents:
 
     def shuffled(self, seed: int) -> "Documents":
         """Return the documents in a seeded order."""
-        return self._taken(seeded_order(len(self), seed).tolist())
+        return self.taken(seeded_order(len(self), seed).tolist())
 
     def in_walk_order(self) -> "Documents":
         """Return the documents in the order of a walk: longest first."""
-        return self._taken(sorted(range(len(self)), key=lambda index: len(self.documents[index]), reverse=True))
+        return self.taken(sorted(range(len(self)), key=lambda index: len(self.documents[index]), reverse=True))
 
-    def _taken(self, indices: Sequence[int]) -> "Documents":
+    def taken(self, indices: Sequence[int]) -> "Documents":
+        """Return the documents with these indices, in their order."""
         return Documents([self.documents[index] for index in indices], [self.sources[index] for index in indices])
 
     def batch_count(self, batch_size: int, shard: Shard) -> int:
@@ -171,7 +172,8 @@ class Documents:
             stored = load_file(folder / FILE)
         except FileNotFoundError:
             raise missing_output(folder / FILE) from None
-        documents = list(stored["input_ids"].long().split(stored["lengths"].tolist()))
+        # Copies: a view of all of them would be copied with all of them.
+        documents = [document.clone() for document in stored["input_ids"].long().split(stored["lengths"].tolist())]
         return cls(documents, stored["sources"].tolist() if "sources" in stored else None)
 
 
@@ -267,7 +269,7 @@ def split_documents(documents: Documents) -> tuple[Documents, Documents]:
     """Return the documents to fit on, and those held out (``split_indices``), in the order of a walk."""
     ordered = documents.in_walk_order()
     fit, held_out = split_indices(ordered.sources, HELD_OUT_EVERY)
-    return ordered._taken(fit), ordered._taken(held_out)
+    return ordered.taken(fit), ordered.taken(held_out)
 
 
 # Folds of a text for choices, at most; and the bits of a source's number below its domain's (``replaceme.calibration.draw``).

@@ -70,11 +70,12 @@ def draw_text(params: Params, work: Workspace, context: ModelContext) -> Documen
         work: the paths of the run.
         context: the dense model, which writes the text that ``self`` names.
     """
+    from replaceme.base.documents import HELD_OUT_EVERY
     from replaceme.calibration.draw import draw_after
     from replaceme.calibration.find import find_datasets
     from replaceme.calibration.sources import healing_params, list_sources
     from replaceme.models.find import recorded_model
-    from replaceme.training.distillation import HELD_OUT_TOKENS
+    from replaceme.training.distillation import HELD_OUT_TOKENS, hold_out
 
     text, record = healing_params(params), work.dataset_input if params.heal_dataset is None else work.heal_dataset_input
     found, sources = find_datasets(text, read_json(record)), list_sources(text)
@@ -90,9 +91,11 @@ def draw_text(params: Params, work: Workspace, context: ModelContext) -> Documen
     own_text = {
         number: _write_own_text(params, work, context, tokenizer, tokens * sources[number].share / whole) for number in writing
     }
+    # More, as nothing else of the sources that are held out is trained on.
+    drawn_tokens = tokens * HELD_OUT_EVERY // (HELD_OUT_EVERY - 1)
     while True:
         corpora = {number: dataset.open(params.seed) for number, dataset in datasets.items()}
-        documents = draw_after({**corpora, **own_text}, taken, tokenizer, text, tokens)
+        documents = draw_after({**corpora, **own_text}, taken, tokenizer, text, drawn_tokens)
         used_up = [number for number in datasets if taken[number] and number not in documents.tokens_by_domain]
         if not used_up:
             break
@@ -101,7 +104,7 @@ def draw_text(params: Params, work: Workspace, context: ModelContext) -> Documen
         taken.update(dict.fromkeys(used_up, 0))
     if not len(documents):
         raise DatasetError("heal_dataset: no text is left after tokenization; name a text with words.")
-    for number, count in documents.tokens_by_domain.items():
+    for number, count in documents.taken(hold_out(documents)[0]).tokens_by_domain.items():
         if (needed := params.heal_tokens * sources[number].share / whole) > count:
             logger.warning(
                 "heal_dataset: %s has %d tokens for this; they are read %.1f times", sources[number].name, count, needed / count
@@ -142,6 +145,7 @@ def _write_own_text(params: Params, work: Workspace, context: ModelContext, toke
 def _train(params: Params, work: Workspace, context: ModelContext) -> tuple[Edits, dict[str, Any], Curves]:
     """Return the edits that give the trained model, the training's figures and the curves; ``context`` has the text."""
     from replaceme.base.checkpoints import checkpoint_key
+    from replaceme.base.documents import HELD_OUT_EVERY
     from replaceme.calibration.sources import healing_params, list_sources
     from replaceme.edits.edits import Edits
     from replaceme.models.dtypes import stored_dtype
@@ -155,6 +159,11 @@ def _train(params: Params, work: Workspace, context: ModelContext) -> tuple[Edit
     task = LogitDistillation(context, Edits.load(work.repaired), first, params.heal_weights, params.heal_rank)
     shares = [source.share for source in list_sources(healing_params(params))]
     steps = plan_steps(context.documents, shares, params.heal_tokens, params.heal_tokens_per_step, params.heal_learning_rate)
+    if not steps.held_out:
+        logger.warning(
+            "heal: no entry has %d documents, so that none is held out, and nothing tells whether the training helps",
+            HELD_OUT_EVERY,
+        )
     if params.heal_optimizer == "muon":
         steps = replace(steps, muon=task.matrices, muon_products=context.model.dtype)
     settings = {

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, softmax
 
 from replaceme.base.accelerators import is_accelerator, to_float64
-from replaceme.base.documents import Batch, Documents, in_shares, seeded_order
+from replaceme.base.documents import HELD_OUT_EVERY, SOURCE_BITS, Batch, Documents, in_shares, seeded_order
 from replaceme.base.group import shard
 from replaceme.edits.edits import OUTSIDE, Edits
 from replaceme.edits.fold import edited_parameters, set_parameter, shorten
@@ -62,20 +62,18 @@ def plan_steps(
     Each domain has its share of the tokens throughout. One that ends is read again, in another order.
 
     Args:
-        documents: the text; the first ``HELD_OUT_TOKENS`` of it are held out, if others are left.
+        documents: the text, of which some is held out (``hold_out``).
         shares: of the tokens, by domain, relative to each other.
         tokens: tokens to train on.
         tokens_per_step: tokens of a step, to a document.
         learning_rate: the largest learning rate.
     """
-    lengths, held_out = [*map(len, documents.documents)], list[int]()
-    while len(held_out) < len(lengths) // 2 and sum(lengths[: len(held_out)]) < HELD_OUT_TOKENS:
-        held_out.append(len(held_out))
+    (train_indices, held_out), lengths = hold_out(documents), [*map(len, documents.documents)]
     steps: list[list[int]] = [[]]
     size, left = 0, tokens
     domains: dict[int, list[int]] = {}
-    for index in range(len(held_out), len(lengths)):
-        domains.setdefault(documents.domains[index], []).append(index)
+    for index in train_indices:
+        domains.setdefault(documents.sources[index] >> SOURCE_BITS, []).append(index)
     streams = {domain: _iterate_epochs(documents, own) for domain, own in domains.items()}
     for _, index, _ in in_shares(streams, shares):
         if left <= 0:
@@ -89,6 +87,29 @@ def plan_steps(
     rates = [learning_rate * min((step + 1) / WARM_UP_STEPS, 1, (count - step) / (decay + 1)) for step in range(count)]
     evaluated = {0, count - decay, *(FIRST_EVALUATION << power for power in range(count.bit_length()))}
     return StepPlan(steps, rates, held_out, "heal_learning_rate", BETAS, CLIP, evaluated, count - decay)
+
+
+def hold_out(documents: Documents) -> tuple[list[int], list[int]]:
+    """Return the documents of a text to train on, and those that are held out, by index, in its order.
+
+    A piece of a text tells much about its other pieces, so that documents are held out by whole sources: of each domain, every
+    ``HELD_OUT_EVERY``-th source that comes, until ``HELD_OUT_TOKENS`` are held out. What then comes of these sources is left
+    out. In a longer text that begins the same, the same documents are held out.
+    """
+    train_indices, held_out, chosen, count = list[int](), list[int](), set[int](), 0
+    seen: dict[int, set[int]] = {}
+    for index, (source, document) in enumerate(zip(documents.sources, documents.documents, strict=True)):
+        others = seen.setdefault(source >> SOURCE_BITS, set())
+        if source not in others:
+            others.add(source)
+            if len(others) % HELD_OUT_EVERY == 0 and count < HELD_OUT_TOKENS:
+                chosen.add(source)
+        if source not in chosen:
+            train_indices.append(index)
+        elif count < HELD_OUT_TOKENS:
+            held_out.append(index)
+            count += len(document)
+    return train_indices, held_out
 
 
 def _iterate_epochs(documents: Documents, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:

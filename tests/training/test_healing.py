@@ -178,26 +178,42 @@ def test_experts_norms_and_lora_learn_by_adamw(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(
-    sizes=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 300)), min_size=2, max_size=60),
+    pieces=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(1, 300)), min_size=2, max_size=60),
     tokens=st.integers(1, 20_000),
     more=st.integers(1, 20_000),
     step=st.integers(1, 2000),
 )
-def test_a_longer_training_begins_as_a_shorter_one(sizes: list[tuple[int, int]], tokens: int, more: int, step: int) -> None:
-    lengths = [length for _, length in sizes]
-    text = Documents([torch.zeros(length, dtype=torch.int64) for length in lengths], [domain << 32 for domain, _ in sizes])
+def test_a_longer_training_begins_as_a_shorter_one_and_no_source_is_trained_on_and_held_out(
+    pieces: list[tuple[int, int, int]], tokens: int, more: int, step: int
+) -> None:
+    lengths, sources = [length for _, _, length in pieces], [(domain << 32) + source for domain, source, _ in pieces]
+    text = Documents([torch.zeros(length, dtype=torch.int64) for length in lengths], sources)
+    by_domain = {domain: {source for source in sources if source >> 32 == domain} for domain in range(3)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "HELD_OUT_TOKENS", 400)
         short, long = (plan_steps(text, [1.0, 2.0, 0.5], count, step, 1e-3) for count in (tokens, tokens + more))
     for made, count in ((short, tokens), (long, tokens + more)):
         taken = [index for documents in made.documents for index in documents]
-        assert not {*taken} & {*made.held_out}
+        held_out = {sources[index] for index in made.held_out}
+        assert not held_out & {sources[index] for index in taken}
+        assert all(
+            5 * len({each for each in held_out if each >> 32 == domain}) <= len(own) for domain, own in by_domain.items()
+        )
         assert count <= sum(lengths[index] for index in taken) < count + max(lengths)
         assert all(len(documents) == 1 or sum(lengths[index] for index in documents) <= step for documents in made.documents)
         assert 0 < min(made.rates) <= max(made.rates) <= 1e-3
     assert [*short.held_out] == [*long.held_out]
     assert [*short.documents[: short.shared]] == [*long.documents[: short.shared]]
     assert [*short.rates[: short.shared]] == [*long.rates[: short.shared]]
+
+
+def test_a_text_of_one_document_is_trained_on_and_what_is_held_out_comes_of_the_others() -> None:
+    text = Documents([torch.zeros(size, dtype=torch.int64) for size in [300] + [20] * 20], [1 << 32, *range(20)])
+    made = plan_steps(text, [1.0, 1.0], 600, 100, 1e-3)
+    assert 0 in {index for documents in made.documents for index in documents}
+    assert [*made.held_out] == [5, 10, 15, 20]
+    alone = plan_steps(text.taken([0]), [1.0, 1.0], 600, 100, 1e-3)
+    assert (alone.documents, alone.held_out) == ([[0], [0]], [])
 
 
 def test_the_dense_model_stays_unchanged(tmp_path: Path) -> None:
