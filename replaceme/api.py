@@ -102,7 +102,8 @@ def prune(
         layers: how many layers to remove; None, where the setting ``remove`` doesn't say how much, is a share (13 %) of them.
         save_path: folder of the result; None is ``<model>-<method>-<layers>`` in the current folder.
         tokenizer: of a loaded model.
-        preset: the values of settings that are not given: recommended, or published (the paper's).
+        preset: the values of settings that are not given: recommended, quick (a first result), healed (trained too), or
+            published (the paper's).
         overwrite: replace a finished result of another model, text or setting in ``save_path``, which is refused otherwise.
         settings: any parameter by its name (docs/parameters.md).
 

@@ -9,9 +9,10 @@ alone; the pipeline's params.yaml states them, and a test holds the two equal. `
 with fewer scores: a first result. ``healed`` takes text of the model's own too, and is trained.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from replaceme.base.entries import SELF
 from replaceme.base.errors import ParameterError, quote
 
 # Key → the transform that it asks for.
@@ -196,17 +197,20 @@ def choose_preset(
     return "recommended", "the default"
 
 
-def preset_values(preset: Preset, method: object, named: Collection[str] = ()) -> dict[str, Any]:
+def preset_values(preset: Preset, method: object, named: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return what a preset sets with a method, as in a config file.
 
     Args:
         preset: the preset.
         method: the method.
-        named: the parameters that the user sets. Who names a text for the calibration means it for the healing too.
+        named: what the user sets. Who names a text for the calibration means it for the healing too, unless it is the model's
+            own, which no training has alone.
     """
     if preset == "published":
         return {}
     own = method == RECOMMENDED_METHOD
     recommended = {key: value for key, value in RECOMMENDED.items() if own or key not in OF_THE_METHOD}
     values = {**recommended, **CHANGES.get(preset, {})}
-    return {key: value for key, value in values.items() if not (key == "heal_dataset" and "dataset" in named)}
+    if (named or {}).get("dataset", SELF) not in (SELF, [SELF]):
+        values.pop("heal_dataset", None)
+    return values

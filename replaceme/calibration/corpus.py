@@ -58,7 +58,8 @@ def pick_column(columns: Iterable[str], first: Mapping[str, Any], requested: str
     if chosen:
         return chosen[0]
     problem = f"{name} has no column '{excerpt(requested)}'" if requested else f"the text column of {name} isn't obvious"
-    raise DatasetError(f"dataset_column: {problem}; its columns are {excerpt(', '.join(columns)) or 'none'}.")
+    entry = f"; in a list, {{{name}: {{column: {excerpt(columns[0])}}}}} names one" if columns else ""
+    raise DatasetError(f"dataset_column: {problem}; its columns are {excerpt(', '.join(columns)) or 'none'}{entry}.")
 
 
 def is_chat(value: Any) -> bool:

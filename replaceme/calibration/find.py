@@ -39,6 +39,13 @@ class DatasetSource:
             return {"sha256": sha256_below(self.path)[self.path.name], "form": self.path.suffix}
         return {"sha256": embedded.fingerprint_text(self.source.name)}
 
+    def check(self) -> None:
+        """Raise DatasetError for a local file that is empty or damaged at its start, or has no column to read."""
+        if self.path and self.path.suffix == ".txt":
+            local.read_text(self.path)
+        elif self.path:
+            local.choose_column(self.path, self.source.column)
+
     def open(self, seed: int) -> Corpus:
         """Return the text; documents are in the seeded order."""
         source = self.source

@@ -57,6 +57,20 @@ def read_text(path: Path, key: str = "dataset") -> str:
     return text
 
 
+def choose_column(path: Path, column: str | None) -> str:
+    """Return the column of a file to read, by its first rows: the requested one, or the one that is obvious.
+
+    Raises:
+        DatasetError: the file is damaged, has no rows or no such column.
+    """
+    sample = [row for _, row in islice(READERS[path.suffix](path, None), ROWS_TO_PICK_A_COLUMN)]
+    if not sample:
+        raise DatasetError(f"dataset: {shorten_path(path)} has no rows.")
+    columns = list(dict.fromkeys(name for row in sample for name in row))
+    first = {name: next((row[name] for row in sample if row.get(name) is not None), None) for name in columns}
+    return pick_column(columns, first, column, shorten_path(path))
+
+
 def read_rows(path: Path, column: str | None, seed: int) -> Iterator[Row]:
     """Yield the rows of a .jsonl, .json, .csv or .parquet file, in the order of a seeded permutation.
 
@@ -65,16 +79,10 @@ def read_rows(path: Path, column: str | None, seed: int) -> Iterator[Row]:
     Raises:
         DatasetError: the file is damaged, has no rows, or a value of the column is neither text nor a chat.
     """
-    read = READERS[path.suffix]
-    sample = [row for _, row in islice(read(path, None), ROWS_TO_PICK_A_COLUMN)]
-    if not sample:
-        raise DatasetError(f"dataset: {shorten_path(path)} has no rows.")
-    columns = list(dict.fromkeys(name for row in sample for name in row))
-    first = {name: next((row[name] for row in sample if row.get(name) is not None), None) for name in columns}
-    chosen = pick_column(columns, first, column, shorten_path(path))
+    chosen = choose_column(path, column)
     offsets = array("q")
     with tempfile.TemporaryFile(prefix="replaceme-") as scratch:
-        for location, row in read(path, chosen):
+        for location, row in READERS[path.suffix](path, chosen):
             offsets.append(scratch.tell())
             scratch.write(json.dumps(convert_value(row.get(chosen), chosen, location)).encode() + b"\n")
         for index in seeded_order(len(offsets), seed).tolist():

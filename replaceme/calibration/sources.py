@@ -5,12 +5,13 @@ model that was pruned twice has the sources of both. Nothing here reads a text.
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from replaceme.base.entries import Source
-from replaceme.base.errors import DatasetError, excerpt
+from replaceme.base.errors import DatasetError, excerpt, renaming
 from replaceme.base.files import read_json, without_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
@@ -19,6 +20,8 @@ from replaceme.models.model_files import TEXT_RECORD
 # A source, and what identifies its content: ``sha256`` or ``commits`` (``DatasetSource.fingerprint``).
 IdentifiedSource = tuple[Source, Mapping[str, Any]]
 IDENTITIES = ("sha256", "commits")
+# Parameters of a single source, in the order of its fields.
+OPTIONS = ("dataset_config", "dataset_split", "dataset_column", "dataset_revision")
 
 
 def list_sources(params: Params) -> tuple[Source, ...]:
@@ -27,10 +30,9 @@ def list_sources(params: Params) -> tuple[Source, ...]:
     Raises:
         DatasetError: a parameter of a single source is set, and ``dataset`` is a list.
     """
-    keys = ("dataset_config", "dataset_split", "dataset_column", "dataset_revision")
     if isinstance(params.dataset, str):
-        return (Source(params.dataset, 1.0, *(getattr(params, key) for key in keys)),)
-    for key in keys:
+        return (Source(params.dataset, 1.0, *(getattr(params, key) for key in OPTIONS)),)
+    for key in OPTIONS:
         if getattr(params, key) is not None:
             option = key.removeprefix("dataset_")
             raise DatasetError(f"{key}: dataset is a list; use null, and give each entry its own {option}.")
@@ -41,8 +43,12 @@ def healing_params(params: Params) -> Params:
     """Return the parameters with the text of the healing as their dataset."""
     if params.heal_dataset is None:
         return params
-    options = dict.fromkeys(("dataset_config", "dataset_split", "dataset_column", "dataset_revision"))
-    return params.model_copy(update={"dataset": params.heal_dataset, **options})
+    return params.model_copy(update={"dataset": params.heal_dataset, **dict.fromkeys(OPTIONS)})
+
+
+def naming_heal_dataset(params: Params) -> AbstractContextManager[None]:
+    """Let an error inside the block that names ``dataset`` or its options name ``heal_dataset``, where that is the text."""
+    return renaming({} if params.heal_dataset is None else dict.fromkeys(("dataset", *OPTIONS), "heal_dataset"))
 
 
 def split_fingerprints(fingerprints: Mapping[str, Any]) -> list[Mapping[str, Any]]:

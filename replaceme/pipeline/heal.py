@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-from replaceme.base.errors import DatasetError, renaming
+from replaceme.base.errors import DatasetError
 from replaceme.base.files import copy_tree, new_folder, read_json, read_remembered, remove, round_floats, write_json
 from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params
@@ -73,7 +73,7 @@ def draw_text(params: Params, work: Workspace, context: ModelContext) -> Documen
     from replaceme.base.documents import HELD_OUT_EVERY
     from replaceme.calibration.draw import draw_after
     from replaceme.calibration.find import find_datasets
-    from replaceme.calibration.sources import healing_params, list_sources
+    from replaceme.calibration.sources import healing_params, list_sources, naming_heal_dataset
     from replaceme.models.find import recorded_model
     from replaceme.training.distillation import HELD_OUT_TOKENS, hold_out
 
@@ -95,7 +95,8 @@ def draw_text(params: Params, work: Workspace, context: ModelContext) -> Documen
     drawn_tokens = tokens * HELD_OUT_EVERY // (HELD_OUT_EVERY - 1)
     while True:
         corpora = {number: dataset.open(params.seed) for number, dataset in datasets.items()}
-        documents = draw_after({**corpora, **own_text}, taken, tokenizer, text, drawn_tokens)
+        with naming_heal_dataset(params):
+            documents = draw_after({**corpora, **own_text}, taken, tokenizer, text, drawn_tokens)
         used_up = [number for number in datasets if taken[number] and number not in documents.tokens_by_domain]
         if not used_up:
             break
@@ -120,6 +121,7 @@ def _write_own_text(params: Params, work: Workspace, context: ModelContext, toke
     from replaceme.base.checkpoints import checkpoint_key
     from replaceme.base.documents import Documents
     from replaceme.calibration.own_text import MAX_TOKENS, write_batches
+    from replaceme.calibration.sources import naming_heal_dataset
     from replaceme.models.devices import describe_environment
     from replaceme.models.kv_cache import eager_attention_where_faster
 
@@ -133,7 +135,7 @@ def _write_own_text(params: Params, work: Workspace, context: ModelContext, toke
     key = checkpoint_key(settings, ())
     if read_remembered(folder / "key.json").get("key") == key:
         return Documents.load(folder).documents
-    with eager_attention_where_faster(context.model, context.family), renaming({"dataset": "heal_dataset"}):
+    with eager_attention_where_faster(context.model, context.family), naming_heal_dataset(params):
         # Another seed than those of the calibration's own text and of the comparison with plain removal.
         documents = write_batches(context.model, tokenizer, count, length, params.seed + 2)
     with new_folder(folder) as new:

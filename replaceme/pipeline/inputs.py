@@ -13,13 +13,13 @@ from typing import Any
 
 from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.entries import SELF, dataset_title
-from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError, renaming
+from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError
 from replaceme.base.files import new_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.calibration.find import dataset_fingerprints
+from replaceme.calibration.find import dataset_fingerprints, find_datasets
 from replaceme.calibration.own_text import choose_start, count_own_documents
-from replaceme.calibration.sources import healing_params, list_sources
+from replaceme.calibration.sources import healing_params, list_sources, naming_heal_dataset
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
@@ -80,7 +80,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         content[work.own_text_input.name] = {"documents": count_own_documents(params)}
     content[work.heal_dataset_input.name] = {}
     if params.heal_tokens:
-        with _collecting(problems), renaming({"dataset": "heal_dataset"}):
+        with _collecting(problems), naming_heal_dataset(params):
             content[work.heal_dataset_input.name] = _check_healing_text(params)
     with _collecting(problems):
         content[work.tasks_input.name] = task_fingerprints(params)
@@ -130,6 +130,10 @@ def _check_healing_text(params: Params) -> dict[str, Any]:
     if any(is_own):
         # A tokenizer without a token that a text could start with is refused.
         choose_start(find_model(params).tokenizer())
+    # Not only when the training begins, which may be hours later.
+    for dataset in find_datasets(text):
+        if dataset:
+            dataset.check()
     return dataset_fingerprints(text)
 
 

@@ -110,6 +110,9 @@ def test_a_healed_run_on_a_text_of_ones_own_trains_on_it() -> None:
     assert own.heal_dataset is None
     assert own.dataset == "mine.txt"
     assert embedded.heal_dataset is not None
+    # A model is not trained on its own text alone.
+    for text in ("self", ["self"]):
+        assert read_params(None, {"preset": "healed", "dataset": text}).heal_dataset == embedded.heal_dataset
 
 
 def test_the_recommended_cut_belongs_to_the_recommended_method(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """Healing: the training toward the dense model's predictions, against a plain loop of torch on the shortened model itself."""
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -327,7 +328,7 @@ def healing(params: Params, monkeypatch: pytest.MonkeyPatch) -> Params:
 
 
 def test_the_stage_trains_exports_and_says_so(healing: Params, tmp_path: Path) -> None:
-    params = healing.model_copy(update={"heal_learning_rate": 3e-3, "method": "lstsq", "repair": True, "heal_tokens": 3000})
+    params = healing.model_copy(update={"heal_learning_rate": 1e-3, "method": "lstsq", "repair": True, "heal_tokens": 3000})
     work = Workspace(tmp_path / "run")
     run(params, work)
     figures = read_json(work.metric("heal"))
@@ -370,6 +371,12 @@ def test_without_other_text_the_calibrations_is_read_again_and_the_log_says_so(
 
 
 def test_a_text_that_a_training_can_not_have_is_refused_by_name(healing: Params, tmp_path: Path) -> None:
+    (tmp_path / "notes.csv").write_text("title,body\none,two\n")
+    no_column = re.escape(f"its columns are title, body; in a list, {{{tmp_path / 'notes.csv'}: {{column: title}}}} names one.")
+    with pytest.raises(DatasetError, match=f"^heal_dataset: .*{no_column}"):
+        inspect_inputs(
+            healing.model_copy(update={"heal_dataset": (Source(str(tmp_path / "notes.csv")),)}), Workspace(tmp_path / "run")
+        )
     for update in ({"heal_dataset": "nothing.txt"}, {"dataset": "self"}):
         with pytest.raises(DatasetError, match="heal_dataset: "):
             inspect_inputs(healing.model_copy(update=update), Workspace(tmp_path / "run"))
