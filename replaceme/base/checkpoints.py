@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replaceme.base.files import new_folder, read_remembered, write_json
+from replaceme.base.fingerprints import sha256_below
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 # Bytes of a tensor that are hashed at once.
@@ -61,13 +62,19 @@ def save_checkpoint(folder: Path, key: str, state: Mapping[str, Any], tensors: M
     """Write a checkpoint; it replaces the last one."""
     with new_folder(folder) as new:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, new / TENSORS)
-        write_json(new / STATE, {"key": key, **state})
+        write_json(new / STATE, {"key": key, "sums": hash_files(new), **state})
 
 
 def load_checkpoint(folder: Path, key: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Return state and tensors of the checkpoint in ``folder``, or None if there is no readable one with this key."""
+    """Return state and tensors of the checkpoint in ``folder``, or None if there is no undamaged one with this key."""
     state = read_remembered(folder / STATE)
     try:
-        return (state, load_file(folder / TENSORS)) if state.pop("key", None) == key else None
+        whole = state.pop("key", None) == key and state.pop("sums", None) == hash_files(folder)
+        return (state, load_file(folder / TENSORS)) if whole else None
     except (OSError, SafetensorError):
         return None
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the sums of a checkpoint's files, by name, except that of the state, which records them."""
+    return {name: digest for name, digest in sha256_below(folder).items() if name != STATE}

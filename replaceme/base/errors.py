@@ -106,5 +106,7 @@ def resource_failure(error: BaseException) -> ResourceError | None:
             "again: finished stages are kept."
         )
     if isinstance(error, MemoryError) or is_out_of_device_memory(error) or "can't allocate memory" in text:
-        return ResourceError("memory ran out; lower batch_size or max_length, or set use_4bit: true.")
+        return ResourceError(
+            "memory ran out; lower batch_size or max_length, or set use_4bit: true (in healing, heal_weights: lora)."
+        )
     return None

@@ -1,8 +1,8 @@
 """The processes that share a stage's work, on ``torch.distributed``.
 
-Every process runs the same stage on the same files. Inside ``sharing``, each computes its ``Shard``: of a walk over the text
-every ``size``-th batch, of a training every ``size``-th document of each step. Sums are then reduced over all processes in
-float64. Solutions are computed by the first process and broadcast (``compute_on_rank0``), so that all have the same bits.
+Every process runs the same stage on the same files. Inside ``sharing``, each computes its ``Shard``: every ``size``-th
+batch of a walk over the text, or of a training's step. Sums are then reduced over all processes in float64. Solutions are
+computed by the first process and broadcast (``compute_on_rank0``), so that all have the same bits.
 
 Outside of ``sharing``, and in a run of one process, a process owns all of the work, and nothing is exchanged.
 """

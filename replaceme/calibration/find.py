@@ -13,7 +13,7 @@ from replaceme.base.fingerprints import sha256_below
 from replaceme.base.parameters import Params, nearest
 from replaceme.calibration import embedded, local, streamed
 from replaceme.calibration.corpus import Corpus
-from replaceme.calibration.sources import list_sources, split_fingerprints
+from replaceme.calibration.sources import healing_params, list_sources, naming_heal_dataset, split_fingerprints
 from replaceme.models import hub
 
 
@@ -85,6 +85,14 @@ def dataset_fingerprints(params: Params) -> dict[str, Any]:
         return {} if datasets[0] is None else datasets[0].fingerprint()
     parts = [dataset.fingerprint() if dataset else {SELF: True} for dataset in datasets]
     return {"sources": [{**part, **source.options()} for part, source in zip(parts, params.dataset, strict=True)]}
+
+
+def healing_fingerprints(params: Params) -> dict[str, Any]:
+    """Return what identifies the content of ``heal_dataset``; nothing where no text of its own is trained on."""
+    if not params.heal_tokens or params.heal_dataset is None:
+        return {}
+    with naming_heal_dataset(params):
+        return dataset_fingerprints(healing_params(params))
 
 
 def find_dataset(source: Source, commits: dict[str, str] | None = None) -> DatasetSource:

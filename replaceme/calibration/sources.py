@@ -61,6 +61,14 @@ def identify_sources(params: Params, fingerprints: Mapping[str, Any]) -> list[Id
     return [*zip(list_sources(params), split_fingerprints(fingerprints), strict=True)]
 
 
+def are_same_text(one: IdentifiedSource, other: IdentifiedSource) -> bool:
+    """Return whether two sources name the same content; an option that one leaves to its default counts as the other's."""
+    (first, known), (second, also_known) = one, other
+    identities = [[each.get(key) for key in IDENTITIES] for each in (known, also_known)]
+    options = [(getattr(first, key), getattr(second, key)) for key in ("config", "split", "column")]
+    return identities[0] == identities[1] and any(identities[0]) and all(a == b or None in (a, b) for a, b in options)
+
+
 def write_record(sources: Iterable[IdentifiedSource], dense: Path, folder: Path) -> None:
     """Write the record of a pruned model.
 

@@ -188,8 +188,8 @@ def _describe_changes(params: Params, source: Model, edits: Edits, healed: Mappi
 # What healing trained, by ``heal_weights``.
 TRAINED = {
     "all": "All weights of the kept layers",
-    "after_cut": "All weights of the layers from the cut on",
-    "outputs": "The attention and MLP output projections of the layers from the cut on",
+    "after_cut": "All weights of {layers}",
+    "outputs": "The attention and MLP output projections of {layers}",
     "lora": "The linears of the kept layers, by changes of low rank,",
 }
 
@@ -200,10 +200,12 @@ def _describe_new_weights(params: Params, edits: Edits, healed: Mapping[str, Any
     corrected = {word: [layer for layer, name in edits.corrections if name == linear] for linear, word in linears}
     if edits.parameters:
         start = ", starting from weights refitted in closed form" if params.repair or params.transform in NEW_WEIGHTS else ""
-        return [
-            f"{TRAINED[params.heal_weights]} were trained on {healed['training_tokens']:,} tokens of text to match the "
-            f"original model's predictions{start}."
-        ]
+        # With narrower MLPs, the states differ from the original's from the first layer on.
+        trained = TRAINED[params.heal_weights].format(
+            layers="the kept layers" if edits.config else "the layers from the cut on"
+        )
+        tokens = f"{healed['training_tokens']:,} tokens of text"
+        return [f"{trained} were trained on {tokens} to match the original model's predictions{start}."]
     return [
         f"The {word} output projection of {name_layers(layers)} was refitted in closed form, without training."
         for word, layers in corrected.items()

@@ -14,7 +14,7 @@ from replaceme.base.parameters import Params, size_of
 from replaceme.base.progress import logger
 from replaceme.models.devices import free_memory, release_memory, resolve_device
 from replaceme.models.dtypes import dtype_name, is_finite, proof_dtypes
-from replaceme.models.families import FAMILIES, Family
+from replaceme.models.families import FAMILIES, Family, Linear, inputs_of
 from replaceme.models.model import Model
 from replaceme.models.model_files import StoredTensor
 from replaceme.models.own_form import KIND
@@ -217,6 +217,29 @@ def measure_parts(source: Model, dtype: str) -> tuple[int, int]:
     """Return the bytes of the weights outside a model's layers, and of its largest layer, in a dtype."""
     outside, layers = _measure_layers(source, dtype, dtype)
     return outside, max(layers, default=0)
+
+
+def healing_bytes(source: Model, params: Params) -> float:
+    """Return about how much memory a training by ``heal_tokens`` takes (docs/scale.md), without the sums of a method.
+
+    Args:
+        source: the dense model's files.
+        params: ``layers_to_skip`` is the number of layers that go. Half of those that stay are taken to be after the cut.
+    """
+    family, config = source.family(), source.config()
+    first, *_ = family.decoder_layers(source.skeleton(config))
+    outside, layers = _measure_layers(source, params.dtype, params.dtype)
+    itemsize = getattr(torch, params.dtype).itemsize
+    kept = max(len(layers) - params.layers_to_skip, 1)
+    weights = sum(layers) / itemsize * kept / max(len(layers), 1)
+    # Weight, gradient and moments are float32; a copy has the format of the products.
+    each = (12 if params.heal_optimizer == "muon" else 16) + (itemsize if itemsize < 4 else 0)
+    linears: tuple[Linear, ...] = ("attention_output", "mlp_output")
+    widths = [inputs_of(family.linear_of(first, linear)) for linear in linears]
+    d = int(config.hidden_size)
+    trained = {"all": weights, "after_cut": weights / 2, "outputs": kept / 2 * d * sum(widths), "lora": 0}
+    states = itemsize * params.batch_size * params.max_length * kept * (10 * d + 5 * widths[1])
+    return outside + sum(layers) + each * trained[params.heal_weights] + states
 
 
 def _find_family(source: Model) -> Family:

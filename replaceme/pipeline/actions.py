@@ -11,7 +11,7 @@ from replaceme.base.files import new_folder, read_json, round_floats, write_json
 from replaceme.base.fingerprints import sha256_of
 from replaceme.base.parameters import Params, read_params
 from replaceme.base.progress import align, logger
-from replaceme.calibration.find import dataset_fingerprints
+from replaceme.calibration.find import dataset_fingerprints, healing_fingerprints
 from replaceme.calibration.sources import read_record
 from replaceme.evaluation.comparison import compare_scores
 from replaceme.evaluation.contamination import CalibrationText
@@ -87,15 +87,15 @@ def _run_stages(
     params: Params, work: Workspace, stages: Sequence[str], keys: Iterable[str], overwrite: bool, then: Sequence[Stage] = ()
 ) -> None:
     """Run the stages (``then`` as of ``run_stages``), and record what the result is made of: the parameters ``keys``."""
-    # Model and text are known by their content, not by their names. On threads, only the last bits depend.
-    settings = params.model_dump(
-        mode="json", include={*keys} - {"model_path", "revision", "dataset", "dataset_revision", "threads"}
-    )
+    # Model and texts are known by their content, not by their names. On threads, only the last bits depend.
+    named = {"model_path", "revision", "dataset", "dataset_revision", "heal_dataset"}
+    settings = params.model_dump(mode="json", include={*keys} - named - {"threads"})
     if work.model.is_dir() and not overwrite:
-        check_finished(work, {**settings, "model": identity(find_model(params)), "text": dataset_fingerprints(params)})
+        texts_now = {"text": dataset_fingerprints(params), "heal_dataset": healing_fingerprints(params)}
+        check_finished(work, {**settings, "model": identity(find_model(params)), **texts_now})
     run_stages(params, work, ("inputs",))
-    made_of = {**settings, "model": read_json(work.model_input), "text": read_json(work.dataset_input)}
-    write_json(work.root / MADE_OF, made_of)
+    inputs = {"model": work.model_input, "text": work.dataset_input, "heal_dataset": work.heal_dataset_input}
+    write_json(work.root / MADE_OF, {**settings, **{name: read_json(file) for name, file in inputs.items()}})
     run_stages(params, work, stages, then)
 
 

@@ -73,16 +73,20 @@ def draw_text(params: Params, work: Workspace, context: ModelContext) -> Documen
     from replaceme.base.documents import HELD_OUT_EVERY
     from replaceme.calibration.draw import draw_after
     from replaceme.calibration.find import find_datasets
-    from replaceme.calibration.sources import healing_params, list_sources, naming_heal_dataset
+    from replaceme.calibration.sources import are_same_text, healing_params, identify_sources, list_sources, naming_heal_dataset
     from replaceme.models.find import recorded_model
     from replaceme.training.distillation import HELD_OUT_TOKENS, hold_out
 
     text, record = healing_params(params), work.dataset_input if params.heal_dataset is None else work.heal_dataset_input
     found, sources = find_datasets(text, read_json(record)), list_sources(text)
-    drawn = zip(list_sources(params), read_json(work.documents / "documents.json")["sources"], strict=True)
-    counts = {replace(source, share=1.0): count["documents"] for source, count in drawn}
     datasets = {number: dataset for number, dataset in enumerate(found) if dataset}
-    taken = {number: counts.get(replace(sources[number], share=1.0), 0) for number in datasets}
+    counts = [count["documents"] for count in read_json(work.documents / "documents.json")["sources"]]
+    drawn = [*zip(identify_sources(params, read_json(work.dataset_input)), counts, strict=True)]
+    identified = identify_sources(text, read_json(record))
+    taken = {
+        number: max((count for source, count in drawn if are_same_text(source, identified[number])), default=0)
+        for number in datasets
+    }
     # The model writes text only where it is named for the training.
     writing = [number for number, dataset in enumerate(found) if not dataset and params.heal_dataset is not None]
     whole = sum(sources[number].share for number in (*datasets, *writing))
@@ -146,6 +150,7 @@ def _write_own_text(params: Params, work: Workspace, context: ModelContext, toke
 
 def _train(params: Params, work: Workspace, context: ModelContext) -> tuple[Edits, dict[str, Any], Curves]:
     """Return the edits that give the trained model, the training's figures and the curves; ``context`` has the text."""
+    from replaceme.base.accelerators import is_accelerator
     from replaceme.base.checkpoints import checkpoint_key
     from replaceme.base.documents import HELD_OUT_EVERY
     from replaceme.calibration.sources import healing_params, list_sources
@@ -173,7 +178,8 @@ def _train(params: Params, work: Workspace, context: ModelContext) -> tuple[Edit
         "model": read_json(work.model_input),
         "edits": sha256_below(work.repaired),
         "weights": [params.heal_weights, params.heal_rank if params.heal_weights == "lora" else 0, first],
-        "computing": [params.dtype, params.batch_size],
+        # A GPU whose memory doesn't suffice goes on from the checkpoint with smaller batches.
+        "computing": [params.dtype, 0 if is_accelerator(task.batches.device) else params.batch_size],
     }
     parameters = task.trainable_parameters()
     curves, figures = train(task, parameters, steps, work.heal_checkpoints, checkpoint_key(settings, ()))

@@ -17,19 +17,19 @@ from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError
 from replaceme.base.files import new_folder, write_json
 from replaceme.base.parameters import Params
 from replaceme.base.progress import logger
-from replaceme.calibration.find import dataset_fingerprints, find_datasets
+from replaceme.calibration.find import dataset_fingerprints, find_datasets, healing_fingerprints
 from replaceme.calibration.own_text import choose_start, count_own_documents
 from replaceme.calibration.sources import healing_params, list_sources, naming_heal_dataset
 from replaceme.evaluation.tasks import task_fingerprints
 from replaceme.methods.refusals import check_model, streaming_obstacle
 from replaceme.methods.registry import METHODS, criterion_of
 from replaceme.models.checks import check_weights
-from replaceme.models.devices import resolve_device
+from replaceme.models.devices import free_memory, resolve_device
 from replaceme.models.dtypes import dtype_name, stored_dtype, working_dtype
 from replaceme.models.families import inputs_of
 from replaceme.models.find import find_model, identity
 from replaceme.models.formats import resolve_formats
-from replaceme.models.memory import format_size, proof_budget, weight_budget, weight_bytes
+from replaceme.models.memory import format_size, healing_bytes, proof_budget, weight_budget, weight_bytes
 from replaceme.models.model import Model, layer_count, positions_of
 from replaceme.models.model_files import CARD_FILES, TEXT_RECORD
 from replaceme.models.recognition import check_cut
@@ -70,6 +70,7 @@ def inspect_inputs(params: Params, work: Workspace) -> None:
         checked = _check_model(params, model)
         if has_device:
             _log_needs(checked, model)
+            _warn_of_a_training_that_may_not_fit(checked, model)
         _warn_of_little_text(params, model)
         model.tokenizer()
         content[work.model_input.name] = identity(model)
@@ -134,7 +135,7 @@ def _check_healing_text(params: Params) -> dict[str, Any]:
     for dataset in find_datasets(text):
         if dataset:
             dataset.check()
-    return dataset_fingerprints(text)
+    return healing_fingerprints(params)
 
 
 def _log_needs(params: Params, model: Model) -> None:
@@ -155,6 +156,23 @@ def _log_needs(params: Params, model: Model) -> None:
     most = min((each for each in budgets if each), default=whole)
     streamed = " (streamed where they are larger)" if any(budgets) else ""
     logger.info("memory: weights take up to %s%s", format_size(most), streamed)
+
+
+def _warn_of_a_training_that_may_not_fit(params: Params, model: Model) -> None:
+    """Warn if healing takes more memory than is free: hours may pass before it begins."""
+    free = free_memory(resolve_device(params.device))
+    if not params.heal_tokens or (needed := healing_bytes(model, params)) <= free:
+        return
+    if params.heal_weights != "lora":
+        advice = "set heal_weights: lora" + (", or heal_optimizer: muon" if params.heal_optimizer != "muon" else "")
+    else:
+        advice = "lower batch_size or max_length"
+    logger.warning(
+        "heal_tokens: the training takes about %s of memory, and %s are free; %s",
+        format_size(needed),
+        format_size(free),
+        advice,
+    )
 
 
 def _warn_of_little_text(params: Params, model: Model) -> None:

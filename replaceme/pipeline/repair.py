@@ -4,6 +4,7 @@ states.
 
 from typing import Any
 
+from replaceme.base.accelerators import is_accelerator
 from replaceme.base.checkpoints import checkpoint_key
 from replaceme.base.combinations import STEPWISE
 from replaceme.base.documents import Documents
@@ -102,8 +103,10 @@ def _is_shared(params: Params, work: Workspace) -> bool:
 
 def _make_key(params: Params, work: Workspace, documents: Documents) -> str:
     """Return a digest of everything that a repair depends on: settings, model, earlier edits, text, and the whole code."""
+    # A GPU whose memory doesn't suffice goes on from the checkpoint with smaller batches.
+    adjusted = {"batch_size"} if is_accelerator(resolve_device(params.device)) else set[str]()
     settings = {
-        "params": params.model_dump(include=set(STAGE.params)),
+        "params": params.model_dump(include={*STAGE.params} - adjusted),
         "model": read_json(work.model_input),
         "plan": read_json(work.plan),
         "edits": sha256_below(work.solution),

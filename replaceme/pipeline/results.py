@@ -97,12 +97,14 @@ def _check_target(work: Workspace, params: Params) -> None:
 def check_finished(work: Workspace, made_of: Mapping[str, Any]) -> None:
     """Raise ParameterError if a finished result was made of something else, and name it.
 
-    ``made_of`` is what it would be made of now: parameters, and fingerprints of model and text, as JSON has them.
+    ``made_of`` is what it would be made of now: parameters, and fingerprints of model and texts, as JSON has them.
     """
     file = work.root / MADE_OF
     earlier = read_json(file) if file.is_file() else {}
     differences = [
-        f"another {key}" if key in ("model", "text") else f"{key} {quote(earlier.get(key))}, not {quote(made_of.get(key))}"
+        f"another {key}"
+        if key in ("model", "text", "heal_dataset")
+        else f"{key} {quote(earlier.get(key))}, not {quote(made_of.get(key))}"
         for key in {**earlier, **made_of}
         if earlier.get(key) != made_of.get(key)
     ]

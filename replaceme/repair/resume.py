@@ -15,16 +15,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from replaceme.base.checkpoints import CheckpointTimer
+from replaceme.base.checkpoints import STATE, CheckpointTimer, hash_files
 from replaceme.base.errors import ResourceError, resource_failure
 from replaceme.base.files import new_folder, read_json, remove, write_json
-from replaceme.base.fingerprints import sha256_below
 from replaceme.base.group import all_gather, shard
 from replaceme.base.progress import logger
 from replaceme.edits.edits import Edits
 from replaceme.repair.state import RepairState
 
-STATE, STATES = "state.json", ("dense", "shortened")
+STATES = ("dense", "shortened")
 # Rows written at once.
 ROWS = 2048
 
@@ -102,7 +101,7 @@ class Checkpoints:
             folder = self._folder_after(finished)
             with suppress(ResourceError, ValueError, KeyError, TypeError, OSError):
                 content = read_json(folder / STATE)
-                if content["key"] == self.key and content["sums"] == _hash_files(folder):
+                if content["key"] == self.key and content["sums"] == hash_files(folder):
                     whole[finished] = content
         return whole
 
@@ -115,8 +114,4 @@ class Checkpoints:
             if shard().rank == 0:
                 state.edits.save(new)
             content = {"repairs": [asdict(each) for each in state.repairs], "figures": state.figures}
-            write_json(new / STATE, {"key": self.key, "sums": _hash_files(new), **content})
-
-
-def _hash_files(folder: Path) -> dict[str, str]:
-    return {name: digest for name, digest in sha256_below(folder).items() if name != STATE}
+            write_json(new / STATE, {"key": self.key, "sums": hash_files(new), **content})

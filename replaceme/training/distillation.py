@@ -44,8 +44,9 @@ from replaceme.models.layers import (
 from replaceme.statistics.features import LINEARS
 from replaceme.training.training import SEED, DocumentBatches, StepPlan
 
-# Rows of logits at once: on a processor, whose caches are small, and on a GPU. Over a vocabulary of 49k, 128 take 25 MB.
-ROWS, DEVICE_ROWS = 128, 2048
+# Rows of logits at once: on a processor, whose caches are small (over a vocabulary of 49k, they take 25 MB); on a GPU, as many
+# as have so many bytes in float32, of which there are some seven at the same time.
+ROWS, DEVICE_ROWS, DEVICE_BYTES = 128, 2048, 1 << 28
 # Tokens of the text that are held out; their loss is evaluated at the beginning, before this step, the doubled one, and so on.
 HELD_OUT_TOKENS, FIRST_EVALUATION = 4096, 8
 # The rate rises over the first steps, is constant, and falls to zero over the last part (Hägele et al., arXiv 2405.18392). So a
@@ -277,8 +278,8 @@ class LogitDistillation:
         with self._product_format():
             student_states = self._run(self.student, batch)
         rows, sums = student_states.detach().requires_grad_(student_states.requires_grad), []
-        size = DEVICE_ROWS if is_accelerator(rows.device) else ROWS
         model, family = self.context.model, self.context.family
+        size = _rows_at_once(rows.device, int(model.config.vocab_size))
         with _head_alone(model, family) as dense_head, _head_alone(self.student, family) as head:
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
@@ -362,6 +363,11 @@ class LogitDistillation:
                 # A copy: of a view, the whole tensor would be stored.
                 healed.parameters[key] = value.to("cpu", dtype, copy=True).contiguous()
         return healed
+
+
+def _rows_at_once(device: torch.device, words: int) -> int:
+    """Return how many rows of logits over so many words are computed at once."""
+    return min(max(DEVICE_BYTES // (4 * words), 1), DEVICE_ROWS) if is_accelerator(device) else ROWS
 
 
 @contextmanager

@@ -275,6 +275,11 @@ class TrainingRun:
                 self._restore(*checkpoint)
                 logger.info("training: resumes after step %d of %d of an earlier run", self.step, len(self.plan.documents))
                 return
+        if latest := max(step for _, step in found):
+            logger.info(
+                "training: the checkpoint in %s, after step %d, belongs to another setting, text, code, device or number of "
+                "threads or processes; the training starts anew", self.folder, latest,
+            )  # fmt: skip
 
     def _restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.step = state["step"]

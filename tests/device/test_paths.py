@@ -16,6 +16,7 @@ from replaceme.models.devices import free_memory, release_memory
 from replaceme.models.memory import load_streamed, measure_parts
 from replaceme.models.model import Model
 from replaceme.pipeline.actions import SPEED_FILE
+from replaceme.pipeline.heal import heal
 from replaceme.pipeline.runner import run_stages
 from replaceme.running.cost import cost_measurement
 from replaceme.running.processes import run_in_processes
@@ -27,6 +28,7 @@ from tests.device.collectives import pretended_nccl
 from tests.device.conftest import set_float64
 from tests.device.test_results import fit, make_params
 from tests.helpers import TEXT, call, logits_of
+from tests.interruption import InterruptedRunError, counted, stop_at
 from tests.ranks import in_ranks
 
 
@@ -60,9 +62,9 @@ def test_the_doctor_names_the_devices(capsys: pytest.CaptureFixture[str]) -> Non
 def test_memory_that_is_the_processors_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     mps = SimpleNamespace(recommended_max_memory=lambda: 10 << 30, current_allocated_memory=lambda: 1 << 30)
     monkeypatch.setattr(torch, "mps", mps)
-    for free, counted in ((2 << 30, 2 << 30), (20 << 30, 9 << 30)):
+    for free, expected in ((2 << 30, 2 << 30), (20 << 30, 9 << 30)):
         monkeypatch.setattr(devices, "_free_of_processor", lambda free=free: free)
-        assert free_memory("mps:0") == counted
+        assert free_memory("mps:0") == expected
 
 
 @pytest.mark.parametrize("part", [1.0, 1.5, 2.0, 4.0, 5.9])
@@ -112,6 +114,17 @@ def test_a_batch_that_does_not_fit_is_halved(given: int, tmp_path: Path, caplog:
     said = [record.message for record in caplog.records if "does not fit the GPU" in record.message]
     assert said[0].startswith(f"batch_size: {given} does not fit the GPU's memory; ")
     assert len(said) == (3 if given == 16 else 1)
+
+
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
+def test_a_healing_with_smaller_batches_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    settings = {"preset": "published", "dtype": "float32", "heal_tokens": 600, "heal_tokens_per_step": 200}
+    with pytest.raises(InterruptedRunError), counted(stop_at(1)):
+        fit(tmp_path, "llama", {**settings, "batch_size": 4}, "cuda")
+    smaller = make_params(tmp_path, "llama", {**settings, "batch_size": 2}, "cuda")
+    with counted() as steps:
+        heal(smaller, Workspace(tmp_path / "llama" / "cuda"))
+    assert steps[0] > 0
 
 
 def _fitted(folder: Path, device: str, float64: bool) -> dict[str, Any]:

@@ -79,6 +79,24 @@ def test_the_metadata_and_sentences_of_a_card(card_of: Callable[..., ModelCard])
     assert "## Scores" not in card.text
 
 
+@pytest.mark.parametrize(
+    ("which", "config", "said"),
+    [
+        ("all", {}, "All weights of the kept layers were trained on 1,000 tokens of text to match"),
+        ("after_cut", {}, "All weights of the layers from the cut on were trained"),
+        ("after_cut", {"intermediate_size": 24}, "All weights of the kept layers were trained"),
+        ("outputs", {"intermediate_size": 24}, "The attention and MLP output projections of the kept layers were trained"),
+    ],
+)
+def test_the_card_says_which_layers_were_trained(
+    which: str, config: dict[str, Any], said: str, params: Params, tiny: Model
+) -> None:
+    edits = replace(edits_for(2, 2), config=config)
+    edits.parameters[0, "mlp.down_proj.weight"] = torch.zeros(1)
+    healed = RunResults(healed={"training_tokens": 1000})
+    assert said in render_card(params.model_copy(update={"heal_weights": which}), tiny, edits, healed)
+
+
 def test_licence_and_language_come_from_the_original(card_of: Callable[..., ModelCard]) -> None:
     own = "---\nlicense: other\nlicense_name: theirs\nlicense_link: LICENSE\nlanguage: [en, de]\ntags: [theirs]\n---\n# A\n"
     data = card_of(own).data.to_dict()

@@ -16,6 +16,7 @@ from replaceme.models.model import Model
 from replaceme.pipeline.results import exclusive_result, publish_file, publish_folder, result_lock, result_name, result_paths
 from replaceme.running.stage import Stage, run_stage
 from replaceme.running.workspace import Workspace
+from tests.conftest import made_text
 from tests.helpers import FAST, call
 from tests.interruption import died_at, ended_process
 
@@ -137,6 +138,23 @@ def test_a_finished_result_is_kept_unless_it_is_made_of_the_same_or_overwritten(
     assert "was made with another text; choose" in capsys.readouterr().err
     call(main, "solve", *own, "--overwrite")
     assert files() != before
+
+
+def test_a_finished_result_that_was_trained_on_another_text_is_kept(
+    arguments: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "training.txt"
+    text.write_text(made_text(300, seed=3), encoding="utf-8")
+    healing = ["--method", "uidl", "--heal_dataset", text, "--heal_tokens", "400", "--heal_tokens_per_step", "200"]
+    own = [*arguments[:6], *FAST[:2], *FAST[4:], *arguments[-2:], *healing]
+    call(main, "solve", *own)
+    text = text.rename(tmp_path / "renamed.txt")
+    own[own.index("--heal_dataset") + 1] = text
+    # Another name of the same text is the same.
+    call(main, "solve", *own)
+    text.write_text(made_text(300, seed=4), encoding="utf-8")
+    call(main, "solve", *own, code=2)
+    assert "was made with another heal_dataset; choose" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_result_is_refused_and_nothing_is_written(

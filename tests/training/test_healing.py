@@ -449,6 +449,60 @@ def test_a_healing_whose_results_can_not_be_written_is_not_trained_again(
     assert not [path for path in work.healed.parent.iterdir() if "partial" in path.name]
 
 
+@pytest.mark.usefixtures("checkpoint_at_each_chance")
+@pytest.mark.parametrize("harm", ["a bit", "another number of threads"])
+def test_a_damaged_checkpoint_or_one_of_other_threads_is_not_used_and_the_log_says_so(
+    harm: str, healing: Params, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = Workspace(tmp_path / "run")
+    with pytest.raises(InterruptedRunError), counted(stop_at(2)):
+        run(healing, work, to_export=False)
+    if harm == "a bit":
+        path = work.heal_checkpoints / "checkpoint" / "tensors.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with counted() as steps, caplog.at_level("INFO", "replaceme"):
+        heal(healing if harm == "a bit" else healing.model_copy(update={"threads": 2}), work)
+    assert steps[0] == 0
+    assert "the training starts anew" in caplog.text
+
+
+def test_a_training_that_may_not_fit_is_warned_of_before_it_begins(
+    healing: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needed = []
+    for update in ({}, {"heal_optimizer": "muon"}, {"heal_weights": "after_cut"}, {"heal_weights": "lora"}):
+        with monkeypatch.context() as patch:
+            patch.setattr("replaceme.pipeline.inputs.free_memory", lambda _: 1000)
+            inspect_inputs(healing.model_copy(update=update), Workspace(tmp_path / "run"))
+        needed.append(next(message for message in caplog.messages if message.startswith("heal_tokens: the training takes")))
+        caplog.clear()
+    assert ["heal_optimizer: muon" in each for each in needed] == [True, False, True, False]
+    assert ["heal_weights: lora" in each for each in needed] == [True, True, True, False]
+    inspect_inputs(healing, Workspace(tmp_path / "run"))
+    assert "the training takes" not in caplog.text
+
+
+@pytest.mark.parametrize(("words", "rows"), [(49_152, 1365), (128_256, 523), (400, 2048), (1 << 40, 1)])
+def test_a_gpu_takes_as_many_rows_of_logits_as_have_so_many_bytes(words: int, rows: int) -> None:
+    assert distillation._rows_at_once(torch.device("cuda"), words) == rows
+
+
+def test_documents_of_the_calibration_are_known_by_content_not_by_name(
+    healing: Params, text_file: Path, tmp_path: Path
+) -> None:
+    rows, copy = tmp_path / "rows.jsonl", tmp_path / "copy.jsonl"
+    rows.write_text("".join(f'{{"text": "Row number {number} has its own words {number * 7}."}}\n' for number in range(400)))
+    copy.write_bytes(rows.read_bytes())
+    update = {"dataset": str(rows), "dataset_size": 12, "pack": True, "heal_dataset": (Source(str(copy), column="text"),)}
+    params, work = healing.model_copy(update=update), Workspace(tmp_path / "run")
+    run(params, work, to_export=False)
+    calibrated = {tuple(document.tolist()) for document in Documents.load(work.documents).documents}
+    trained = {tuple(document.tolist()) for document in Documents.load(work.edits / TEXT).documents}
+    assert calibrated
+    assert not calibrated & trained
+
+
 def test_repair_and_heal_work_on_read_only_links(params: Params, tmp_path: Path) -> None:
     settings = {"method": "llm_streamline", "heal_tokens": 0}
     params, work = params.model_copy(update=settings), Workspace(tmp_path / "run")
