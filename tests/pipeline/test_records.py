@@ -24,6 +24,7 @@ FOUR += [DEMO.loc["4 of 30", OWN, 250_000]]
 # Without 8 layers, healed at two rates, from a repair on text of its own too, and on more fresh text.
 EIGHT = [DEMO.loc["8 of 30", start, 250_000] for start in (REPAIR, f"{REPAIR}; rate 3e-4", OWN)]
 EIGHT += [DEMO.loc["8 of 30", start, 1_000_000] for start in (OWN, f"{OWN}; more fresh text")]
+MUON_FOUR, MUON_EIGHT = f"{OWN}; by Muon at 3e-4", f"{OWN}; more fresh text; by Muon at 4e-4"
 
 
 def read_words(page: str) -> str:
@@ -70,6 +71,9 @@ def test_the_guide_on_healing_shows_the_records(runs: list[pd.Series]) -> None:
         [f"{run.retrieval_exact:.0%}".replace("%", " %") for run in runs],
     ]
     words = read_words("docs/guides/healing.md").replace("**", "")
+    four, eight = DEMO.loc["4 of 30", MUON_FOUR, 250_000], DEMO.loc["8 of 30", MUON_EIGHT, 1_000_000]
+    assert f"without 4 layers × {four.unseen_ratio:.3f} with 250k" in words
+    assert f"without 8 × {eight.unseen_ratio:.3f} with 1M" in words
     assert [row for row in rows if f"| {' | '.join(row)} |" not in words] == []
 
 
