@@ -14,7 +14,7 @@ from replaceme.base.parameters import Params, size_of
 from replaceme.base.progress import logger
 from replaceme.models.devices import free_memory, release_memory, resolve_device
 from replaceme.models.dtypes import dtype_name, is_finite, proof_dtypes
-from replaceme.models.families import FAMILIES, Family, Linear, inputs_of
+from replaceme.models.families import FAMILIES, Family, Linear, parameter_of
 from replaceme.models.model import Model
 from replaceme.models.model_files import StoredTensor
 from replaceme.models.own_form import KIND
@@ -235,10 +235,13 @@ def healing_bytes(source: Model, params: Params) -> float:
     # Weight, gradient and moments are float32; a copy has the format of the products.
     each = (12 if params.heal_optimizer == "muon" else 16) + (itemsize if itemsize < 4 else 0)
     linears: tuple[Linear, ...] = ("attention_output", "mlp_output")
-    widths = [inputs_of(family.linear_of(first, linear)) for linear in linears]
-    d = int(config.hidden_size)
-    trained = {"all": weights, "after_cut": weights / 2, "outputs": kept / 2 * d * sum(widths), "lora": 0}
-    states = itemsize * params.batch_size * params.max_length * kept * (10 * d + 5 * widths[1])
+    last = {linear: [parameter_of(first, name).shape for name in family.output_parameters(first, linear)] for linear in linears}
+    outputs = kept / 2 * sum(shape.numel() for shapes in last.values() for shape in shapes)
+    # Of a stack of experts, (experts, d, channels), a token takes a few.
+    experts = int(getattr(config, "num_experts_per_tok", None) or 1)
+    channels = sum(shape[-1] * (experts if len(shape) > 2 else 1) for shape in last["mlp_output"] if len(shape) > 1)
+    trained = {"all": weights, "after_cut": weights / 2, "outputs": outputs, "lora": 0}
+    states = itemsize * params.batch_size * params.max_length * kept * (10 * int(config.hidden_size) + 5 * channels)
     return outside + sum(layers) + each * trained[params.heal_weights] + states
 
 

@@ -33,6 +33,7 @@ from replaceme.models import find
 from replaceme.models.context import ModelContext
 from replaceme.models.families import family_of, in_torch_layout
 from replaceme.models.find import calibration_context
+from replaceme.models.memory import healing_bytes
 from replaceme.models.model import Model
 from replaceme.models.width import mlp_width_entry
 from replaceme.pipeline.activations import observe_activations
@@ -481,6 +482,21 @@ def test_a_training_that_may_not_fit_is_warned_of_before_it_begins(
     assert ["heal_weights: lora" in each for each in needed] == [True, True, True, False]
     inspect_inputs(healing, Workspace(tmp_path / "run"))
     assert "the training takes" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", [*REPRESENTATIVES, "mixtral", "qwen2_moe"])
+def test_a_training_takes_what_is_estimated_for_weights_at_least(
+    kind: str, healing: Params, save_tiny: Callable[..., Model]
+) -> None:
+    source = save_tiny(kind)
+    model = source.load()
+    params = healing.model_copy(update={"batch_size": 1, "max_length": 1})
+    own = sum(value.nbytes for value in model.parameters())
+    for which in TRAINED:
+        trained = sum(value.numel() for value in task_of(model, Edits("", [2, 3]), which, 3).trainable_parameters().values())
+        estimated = healing_bytes(source, params.model_copy(update={"heal_weights": which})) - own
+        # The cut is in the middle; the norm after the layers is not counted, and states are those of one token.
+        assert estimated == pytest.approx(16 * trained, rel=0.35)
 
 
 @pytest.mark.parametrize(("words", "rows"), [(49_152, 1365), (128_256, 523), (400, 2048), (1 << 40, 1)])
