@@ -140,7 +140,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # transformers has no option against this bar, which would be one long line in a log file.
     with redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, use_kernels=False)
     # transformers refuses to save a quantized model; these weights are dequantized. Version 5.0 has no such field.
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None

@@ -148,7 +148,13 @@ class Model(ModelFiles):
             options["dtype"] = stored_dtype(self) if dtype == "auto" else getattr(torch, dtype)
             kind, folder = (type(self.skeleton(options["config"])), None) if left_out else (self.classes()[1], self.folder)
             model, report = kind.from_pretrained(
-                folder, trust_remote_code=self.trust_remote_code, use_safetensors=True, output_loading_info=True, **options
+                folder,
+                trust_remote_code=self.trust_remote_code,
+                use_safetensors=True,
+                # Code of a hub, which transformers 5.25 runs on a GPU where nothing says otherwise.
+                use_kernels=False,
+                output_loading_info=True,
+                **options,
             )
             if left_out and (self.folder / GENERATION_CONFIG).is_file():
                 model.generation_config = GenerationConfig.from_pretrained(self.folder)
