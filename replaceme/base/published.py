@@ -211,6 +211,8 @@ def preset_values(preset: Preset, method: object, named: Mapping[str, Any] | Non
     own = method == RECOMMENDED_METHOD
     recommended = {key: value for key, value in RECOMMENDED.items() if own or key not in OF_THE_METHOD}
     values = {**recommended, **CHANGES.get(preset, {})}
-    if (named or {}).get("dataset", SELF) not in (SELF, [SELF]):
+    dataset = (named or {}).get("dataset", SELF)
+    entries = dataset if isinstance(dataset, list | tuple) else [dataset]
+    if any((next(iter(entry), None) if isinstance(entry, Mapping) else entry) != SELF for entry in entries):
         values.pop("heal_dataset", None)
     return values

@@ -40,7 +40,12 @@ class DatasetSource:
         return {"sha256": embedded.fingerprint_text(self.source.name)}
 
     def check(self) -> None:
-        """Raise DatasetError for a local file that is empty or damaged at its start, or has no column to read."""
+        """Raise DatasetError for a text that is empty or damaged at its start, or has no column to read.
+
+        A hub dataset is looked at where the hub can be reached.
+        """
+        if self.commits and hub.reachable():
+            streamed.check_rows(self.source, self.commits)
         if self.path and self.path.suffix == ".txt":
             local.read_text(self.path)
         elif self.path:

@@ -1,6 +1,8 @@
 """Text of hub datasets, streamed: rows are downloaded as needed, never the whole dataset."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from replaceme.base.entries import Source
 from replaceme.base.errors import DatasetError, excerpt, resource_failure
@@ -38,20 +40,39 @@ def open_stream(source: Source, seed: int, commits: dict[str, str]) -> Corpus:
     return Corpus(streams[0] if len(streams) == 1 else _interleave(streams))
 
 
+def check_rows(source: Source, commits: dict[str, str]) -> None:
+    """Raise DatasetError if a hub dataset has no such configuration, split or column, or no rows (``open_stream``)."""
+    for name in list_repositories(source.name):
+        with _naming(name):
+            _open_rows(name, commits[name], source)
+
+
 def _stream_rows(name: str, commit: str, source: Source, seed: int) -> Iterator[Row]:
+    if not hub.reachable():
+        raise DatasetError(f"dataset: {name} is streamed, and the hub can't be reached.")
+    with _naming(name):
+        stream, column = _open_rows(name, commit, source)
+        for row in stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS):
+            yield convert_value(row[column], column, name)
+
+
+def _open_rows(name: str, commit: str, source: Source) -> tuple[Any, str]:
+    """Return the stream of a repository's rows, and the column to read; the first row has been read."""
     from datasets import load_dataset
 
     split = source.split or "train"
-    if not hub.reachable():
-        raise DatasetError(f"dataset: {name} is streamed, and the hub can't be reached.")
+    stream = load_dataset(name, source.config or CONFIGS.get(name), split=split, streaming=True, revision=commit)
+    first = next(iter(stream), None)
+    if first is None:
+        raise DatasetError(f"dataset: the split {split} of {name} has no rows.")
+    return stream, pick_column(first, first, source.column, name)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Raise DatasetError with the repository's name for what fails inside the block."""
     try:
-        stream = load_dataset(name, source.config or CONFIGS.get(name), split=split, streaming=True, revision=commit)
-        first = next(iter(stream), None)
-        if first is None:
-            raise DatasetError(f"dataset: the split {split} of {name} has no rows.")
-        column = pick_column(first, first, source.column, name)
-        for row in stream.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS):
-            yield convert_value(row[column], column, name)
+        yield
     except DatasetError:
         raise
     except Exception as failure:

@@ -232,8 +232,10 @@ def healing_bytes(source: Model, params: Params) -> float:
     itemsize = getattr(torch, params.dtype).itemsize
     kept = max(len(layers) - params.layers_to_skip, 1)
     weights = sum(layers) / itemsize * kept / max(len(layers), 1)
-    # Weight, gradient and moments are float32; a copy has the format of the products.
-    each = (12 if params.heal_optimizer == "muon" else 16) + (itemsize if itemsize < 4 else 0)
+    # Weight, gradient and moments are float32; a copy has the format of the products. Muon has one moment less, but is not for
+    # stacks of experts, which are nearly all of such a model.
+    muon = params.heal_optimizer == "muon" and not family.experts
+    each = (12 if muon else 16) + (itemsize if itemsize < 4 else 0)
     linears: tuple[Linear, ...] = ("attention_output", "mlp_output")
     last = {linear: [parameter_of(first, name).shape for name in family.output_parameters(first, linear)] for linear in linears}
     outputs = kept / 2 * sum(shape.numel() for shapes in last.values() for shape in shapes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any
@@ -101,11 +102,19 @@ def draw_text(params: Params, work: Workspace, context: ModelContext) -> Documen
         corpora = {number: dataset.open(params.seed) for number, dataset in datasets.items()}
         with naming_heal_dataset(params):
             documents = draw_after({**corpora, **own_text}, taken, tokenizer, text, drawn_tokens)
-        used_up = [number for number in datasets if taken[number] and number not in documents.tokens_by_domain]
+        came, numbers = documents.tokens_by_domain, Counter(documents.domains)
+        # One that hasn't ended has its share, but for a document of each.
+        least = drawn_tokens - (len(datasets) + len(writing)) * params.max_length
+        used_up = [
+            number
+            for number in datasets
+            if taken[number] and numbers[number] < HELD_OUT_EVERY
+            if number not in came or came[number] < least * sources[number].share / whole
+        ]
         if not used_up:
             break
         names = ", ".join(sources[number].name for number in used_up)
-        logger.warning("heal_dataset: the calibration took all of the text of %s; the training takes it again", names)
+        logger.warning("heal_dataset: the calibration left hardly any text of %s; the training takes all of it", names)
         taken.update(dict.fromkeys(used_up, 0))
     if not len(documents):
         raise DatasetError("heal_dataset: no text is left after tokenization; name a text with words.")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
+from replaceme.base.accelerators import is_accelerator
 from replaceme.base.combinations import NEW_WEIGHTS
 from replaceme.base.entries import SELF, dataset_title
 from replaceme.base.errors import DatasetError, ParameterError, ReplaceMeError
@@ -160,11 +161,14 @@ def _log_needs(params: Params, model: Model) -> None:
 
 def _warn_of_a_training_that_may_not_fit(params: Params, model: Model) -> None:
     """Warn if healing takes more memory than is free: hours may pass before it begins."""
-    free = free_memory(resolve_device(params.device))
+    device = resolve_device(params.device)
+    free = free_memory(device) // (1 if is_accelerator(device) else params.processes)
     if not params.heal_tokens or (needed := healing_bytes(model, params)) <= free:
         return
     if params.heal_weights != "lora":
-        advice = "set heal_weights: lora" + (", or heal_optimizer: muon" if params.heal_optimizer != "muon" else "")
+        # Stacks of experts learn by AdamW in any case.
+        smaller = params.heal_optimizer != "muon" and not model.family().experts
+        advice = "set heal_weights: lora" + (", or heal_optimizer: muon" if smaller else "")
     else:
         advice = "lower batch_size or max_length"
     logger.warning(

@@ -106,7 +106,8 @@ def check_finished(work: Workspace, made_of: Mapping[str, Any]) -> None:
         if key in ("model", "text", "heal_dataset")
         else f"{key} {quote(earlier.get(key))}, not {quote(made_of.get(key))}"
         for key in {**earlier, **made_of}
-        if earlier.get(key) != made_of.get(key)
+        # Without a text of its own, the healing has none recorded, in whichever form.
+        if (earlier.get(key) or None) != (made_of.get(key) or None)
     ]
     if differences:
         more = f" and {len(differences) - MOST_NAMED} more" if len(differences) > MOST_NAMED else ""

@@ -95,7 +95,7 @@ def hold_out(documents: Documents) -> tuple[list[int], list[int]]:
 
     A piece of a text tells much about its other pieces, so that documents are held out by whole sources: of each domain, every
     ``HELD_OUT_EVERY``-th source that comes, until ``HELD_OUT_TOKENS`` are held out. What then comes of these sources is left
-    out. In a longer text that begins the same, the same documents are held out.
+    out. In a longer text that begins the same, the same documents are held out, and more if these were too few.
     """
     train_indices, held_out, chosen, count = list[int](), list[int](), set[int](), 0
     seen: dict[int, set[int]] = {}
@@ -323,7 +323,7 @@ class LogitDistillation:
         return seen[-1]
 
     def _product_format(self) -> AbstractContextManager[Any]:
-        """Return the context in which the student's products have the dense model's dtype."""
+        """Return the context in which the student's products have the dense model's dtype; stacked experts' stay float32."""
         dtype = self.context.model.dtype
         return torch.autocast(self.batches.device.type, dtype, enabled=dtype != torch.float32)
 

@@ -212,7 +212,8 @@ class TrainingRun:
     def mean_loss(self, documents: Sequence[int]) -> float:
         """Return the mean loss on documents, all tokens weighted equally."""
         losses, tokens = 0.0, 0
-        most = max(map(len, self.plan.documents), default=1)
+        # Those of the first step are also a longer training's, so that its sums have the same bits.
+        most = max(map(len, self.plan.documents[:1]), default=1)
         with torch.no_grad():
             for start in range(0, len(documents), most):
                 chosen = documents[start : start + most]
@@ -254,12 +255,12 @@ class TrainingRun:
         require_space(self.folder, needed, "the checkpoints of the training need another {}")
 
     def _key_after(self, steps: int) -> str:
-        """Return the key of a checkpoint after so many steps: it says what these were."""
-        text = chain.from_iterable(self.plan.documents[:steps])
+        """Return the key of a checkpoint after so many steps: it says what these were, and what is held out."""
+        text = chain(chain.from_iterable(self.plan.documents[:steps]), self.plan.held_out)
         settings = {
             "key": self.key,
             "rates": [*self.plan.rates[:steps]],
-            "sizes": [*map(len, self.plan.documents[:steps])],
+            "sizes": [*map(len, self.plan.documents[:steps]), len(self.plan.held_out)],
             "muon": [*self.plan.muon, str(self.plan.muon_products)],
         }
         return checkpoint_key(settings, (self.task.batches.texts[index] for index in text))
@@ -278,7 +279,7 @@ class TrainingRun:
         if latest := max(step for _, step in found):
             logger.info(
                 "training: the checkpoint in %s, after step %d, belongs to another setting, text, code, device or number of "
-                "threads or processes; the training starts anew", self.folder, latest,
+                "threads or processes, or is damaged; the training starts anew", self.folder, latest,
             )  # fmt: skip
 
     def _restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -111,7 +111,7 @@ def test_a_healed_run_on_a_text_of_ones_own_trains_on_it() -> None:
     assert own.dataset == "mine.txt"
     assert embedded.heal_dataset is not None
     # A model is not trained on its own text alone.
-    for text in ("self", ["self"]):
+    for text in ("self", ["self"], ("self",), [{"self": 1}]):
         assert read_params(None, {"preset": "healed", "dataset": text}).heal_dataset == embedded.heal_dataset
 
 

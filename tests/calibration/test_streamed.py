@@ -50,6 +50,17 @@ def test_published_dataset_names_are_streamed_with_their_configuration(streamed:
     assert found(dataset="owner/data").fingerprint() == {"commits": {"owner/data": "c" * 40}}
 
 
+@pytest.mark.usefixtures("streamed")
+def test_a_hub_text_that_could_not_be_read_is_refused_before_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found(dataset="owner/data").check()
+    wrong = found(dataset="owner/data", dataset_column="txt")
+    with pytest.raises(DatasetError, match="txt"):
+        wrong.check()
+    # Without a network, it can't be known.
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    wrong.check()
+
+
 def test_chat_datasets_give_all_turns_and_the_split_is_honoured(streamed: list[tuple[Any, ...]]) -> None:
     rows = list(found(dataset="Open-Orca/SlimOrca", dataset_column="text", dataset_split="test").open(42).rows)
     assert streamed[0][2] == "test"

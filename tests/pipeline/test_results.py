@@ -13,7 +13,16 @@ from replaceme.cli import commands
 from replaceme.cli.main import main
 from replaceme.methods.registry import METHODS
 from replaceme.models.model import Model
-from replaceme.pipeline.results import exclusive_result, publish_file, publish_folder, result_lock, result_name, result_paths
+from replaceme.pipeline.results import (
+    MADE_OF,
+    check_finished,
+    exclusive_result,
+    publish_file,
+    publish_folder,
+    result_lock,
+    result_name,
+    result_paths,
+)
 from replaceme.running.stage import Stage, run_stage
 from replaceme.running.workspace import Workspace
 from tests.conftest import made_text
@@ -155,6 +164,14 @@ def test_a_finished_result_that_was_trained_on_another_text_is_kept(
     text.write_text(made_text(300, seed=4), encoding="utf-8")
     call(main, "solve", *own, code=2)
     assert "was made with another heal_dataset; choose" in capsys.readouterr().err
+
+
+def test_a_result_without_a_record_of_a_healing_text_had_none(tmp_path: Path) -> None:
+    work = Workspace(tmp_path)
+    write_json(work.root / MADE_OF, {"alpha": 0.0, "heal_dataset": None})
+    check_finished(work, {"alpha": 0.0, "heal_dataset": {}})
+    with pytest.raises(ParameterError, match="another heal_dataset"):
+        check_finished(work, {"alpha": 0.0, "heal_dataset": {"notes": "sum"}})
 
 
 def test_a_folder_that_is_no_result_is_refused_and_nothing_is_written(

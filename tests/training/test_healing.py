@@ -5,6 +5,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from errno import ENOSPC
+from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ from replaceme.export.verification import verify_export
 from replaceme.models import find
 from replaceme.models.context import ModelContext
 from replaceme.models.families import family_of, in_torch_layout
-from replaceme.models.find import calibration_context
+from replaceme.models.find import calibration_context, find_model
 from replaceme.models.memory import healing_bytes
 from replaceme.models.model import Model
 from replaceme.models.width import mlp_width_entry
@@ -216,6 +217,15 @@ def test_a_text_of_one_document_is_trained_on_and_what_is_held_out_comes_of_the_
     assert [*made.held_out] == [5, 10, 15, 20]
     alone = plan_steps(text.taken([0]), [1.0, 1.0], 600, 100, 1e-3)
     assert (alone.documents, alone.held_out) == ([[0], [0]], [])
+
+
+def test_a_training_with_other_documents_held_out_is_no_continuation(tmp_path: Path) -> None:
+    task = task_of(made_model(), Edits("", [*BLOCK.layers]))
+    plan = replace(plan_steps(task.documents, [1.0], 60, 20, 1e-3), held_out=[])
+    train(task, task.trainable_parameters(), plan, tmp_path, "")
+    resumed = TrainingRun(task, task.trainable_parameters(), plan, tmp_path, "")
+    more = TrainingRun(task, task.trainable_parameters(), replace(plan, held_out=[len(task.documents) - 1]), tmp_path, "")
+    assert resumed.step > more.step == 0
 
 
 def test_the_dense_model_stays_unchanged(tmp_path: Path) -> None:
@@ -484,6 +494,16 @@ def test_a_training_that_may_not_fit_is_warned_of_before_it_begins(
     assert "the training takes" not in caplog.text
 
 
+def test_processes_share_the_memory_that_a_training_may_take(
+    healing: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    needed = healing_bytes(find_model(healing), healing)
+    monkeypatch.setattr("replaceme.pipeline.inputs.free_memory", lambda _: 2 * ceil(needed))
+    for processes, warned in ((2, False), (3, True)):
+        inspect_inputs(healing.model_copy(update={"processes": processes}), Workspace(tmp_path / "run"))
+        assert ("the training takes" in caplog.text) == warned
+
+
 @pytest.mark.parametrize("kind", [*REPRESENTATIVES, "mixtral", "qwen2_moe"])
 def test_a_training_takes_what_is_estimated_for_weights_at_least(
     kind: str, healing: Params, save_tiny: Callable[..., Model]
@@ -494,9 +514,14 @@ def test_a_training_takes_what_is_estimated_for_weights_at_least(
     own = sum(value.nbytes for value in model.parameters())
     for which in TRAINED:
         trained = sum(value.numel() for value in task_of(model, Edits("", [2, 3]), which, 3).trainable_parameters().values())
-        estimated = healing_bytes(source, params.model_copy(update={"heal_weights": which})) - own
+        update = {"heal_weights": which}
+        estimated = healing_bytes(source, params.model_copy(update=update)) - own
         # The cut is in the middle; the norm after the layers is not counted, and states are those of one token.
         assert estimated == pytest.approx(16 * trained, rel=0.35)
+        # Stacks of experts have both moments in any case.
+        muon = healing_bytes(source, params.model_copy(update={**update, "heal_optimizer": "muon"})) - own
+        saved = 0 if source.family().experts or which == "lora" else 4 * trained
+        assert estimated - muon == pytest.approx(saved, rel=0.35)
 
 
 @pytest.mark.parametrize(("words", "rows"), [(49_152, 1365), (128_256, 523), (400, 2048), (1 << 40, 1)])
@@ -517,6 +542,20 @@ def test_documents_of_the_calibration_are_known_by_content_not_by_name(
     trained = {tuple(document.tolist()) for document in Documents.load(work.edits / TEXT).documents}
     assert calibrated
     assert not calibrated & trained
+
+
+def test_a_text_of_which_the_calibration_left_hardly_any_is_taken_whole(
+    healing: Params, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (rows := tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"text": "Row number {number} has its own words {number * 7}."}}\n' for number in range(40))
+    )
+    update = {"dataset": str(rows), "dataset_size": 38, "pack": False, "heal_tokens": 3000}
+    params, work = healing.model_copy(update=update), Workspace(tmp_path / "run")
+    run(params, work, to_export=False)
+    assert len(Documents.load(work.documents)) == 38
+    assert len(draw_text(params, work, calibration_context(params, work))) == 40
+    assert f"the calibration left hardly any text of {rows}; the training takes all of it" in caplog.text
 
 
 def test_repair_and_heal_work_on_read_only_links(params: Params, tmp_path: Path) -> None:
