@@ -101,13 +101,15 @@ def check_finished(work: Workspace, made_of: Mapping[str, Any]) -> None:
     """
     file = work.root / MADE_OF
     earlier = read_json(file) if file.is_file() else {}
+    if "heal_dataset" in earlier:
+        # None, in an earlier form.
+        earlier["heal_dataset"] = earlier["heal_dataset"] or {}
     differences = [
         f"another {key}"
         if key in ("model", "text", "heal_dataset")
         else f"{key} {quote(earlier.get(key))}, not {quote(made_of.get(key))}"
         for key in {**earlier, **made_of}
-        # Without a text of its own, the healing has none recorded, in whichever form.
-        if (earlier.get(key) or None) != (made_of.get(key) or None)
+        if earlier.get(key) != made_of.get(key)
     ]
     if differences:
         more = f" and {len(differences) - MOST_NAMED} more" if len(differences) > MOST_NAMED else ""
