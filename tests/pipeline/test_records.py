@@ -15,8 +15,10 @@ from tests.pipeline.closure import ROOT
 RECORDS = ROOT / "docs" / "records"
 KEYS = ["model", "layers", "start", "heal_tokens"]
 QUALITY = pd.read_csv(RECORDS / "quality.csv").set_index(KEYS)
-DEMO, LARGER = (QUALITY.loc[name] for name in ("smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct"))
+NAMES = "smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct", "gemma-3-270m-q4"
+DEMO, LARGER, GEMMA = (QUALITY.loc[name] for name in NAMES)
 SERVING = pd.read_csv(RECORDS / "serving.csv", dtype={"version": str})
+MAP = "an orthogonal map, 64k tokens"
 NOTHING, (REPAIR, OWN) = "nothing in their place", STARTS.values()
 # The demo without 4 layers: plain removal, the default, healed; the last one is the preset's.
 FOUR = [DEMO.loc["4 of 30", NOTHING, 0]] + [DEMO.loc["4 of 30", REPAIR, count] for count in (0, 131_000, 250_000)]
@@ -74,6 +76,9 @@ def test_the_guide_on_healing_shows_the_records(runs: list[pd.Series]) -> None:
     four, eight = DEMO.loc["4 of 30", MUON_FOUR, 250_000], DEMO.loc["8 of 30", MUON_EIGHT, 1_000_000]
     assert f"without 4 layers × {four.unseen_ratio:.3f} with 250k" in words
     assert f"without 8 × {eight.unseen_ratio:.3f} with 1M" in words
+    gemma = [GEMMA.loc["4 of 18", start, count] for start, count in ((MAP, 64_000), (f"{MAP}; rate 3e-4", 250_000))]
+    for run, said in zip(gemma, (" after 64k tokens at 1e-4", ": worse than without training"), strict=True):
+        assert f"× {run.unseen_ratio:.3f} ± {run.unseen_stderr:.3f}{said}" in words
     assert [row for row in rows if f"| {' | '.join(row)} |" not in words] == []
 
 
