@@ -377,7 +377,7 @@ def test_without_other_text_the_calibrations_is_read_again_and_the_log_says_so(
     params, work = healing.model_copy(update={"dataset_size": 10_000}), Workspace(tmp_path / "run")
     with caplog.at_level("WARNING", "replaceme"):
         run(params, work, to_export=False)
-    assert "text.txt; the training takes it again" in caplog.text
+    assert "text.txt; the training takes all of it" in caplog.text
     assert read_json(work.metric("heal"))["training_tokens"] >= 600
 
 
