@@ -9,7 +9,18 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, StrictInt, StrictStr, Tag
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictInt,
+    StrictStr,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -147,3 +158,12 @@ Dataset = Annotated[
 # A number of tokens: 250000, or 250k, or 1.5M.
 TokenCount = Annotated[int, BeforeValidator(_read_count)]
 Tasks = Annotated[tuple[Annotated[Task, BeforeValidator(_split_entry)], ...], BeforeValidator(_as_tuple)]
+
+
+def is_own_text(dataset: Any) -> bool:
+    """Return whether a value of ``dataset``, as the file writes it, names the model's own text alone; a wrong one doesn't."""
+    try:
+        sources = TypeAdapter(Dataset).validate_python(dataset)
+    except ValidationError:
+        return False
+    return not isinstance(sources, str) and all(source.name == SELF for source in sources)

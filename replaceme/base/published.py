@@ -12,7 +12,7 @@ with fewer scores: a first result. ``healed`` takes text of the model's own too,
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from replaceme.base.entries import SELF
+from replaceme.base.entries import SELF, is_own_text
 from replaceme.base.errors import ParameterError, quote
 
 # Key → the transform that it asks for.
@@ -211,8 +211,6 @@ def preset_values(preset: Preset, method: object, named: Mapping[str, Any] | Non
     own = method == RECOMMENDED_METHOD
     recommended = {key: value for key, value in RECOMMENDED.items() if own or key not in OF_THE_METHOD}
     values = {**recommended, **CHANGES.get(preset, {})}
-    dataset = (named or {}).get("dataset", SELF)
-    entries = dataset if isinstance(dataset, list | tuple) else [dataset]
-    if any((next(iter(entry), None) if isinstance(entry, Mapping) else entry) != SELF for entry in entries):
+    if not is_own_text((named or {}).get("dataset", SELF)):
         values.pop("heal_dataset", None)
     return values

@@ -103,13 +103,13 @@ def draw_text(params: Params, work: Workspace, context: ModelContext) -> Documen
         with naming_heal_dataset(params):
             documents = draw_after({**corpora, **own_text}, taken, tokenizer, text, drawn_tokens)
         came, numbers = documents.tokens_by_domain, Counter(documents.domains)
-        # One that hasn't ended has its share, but for a document of each.
-        least = drawn_tokens - (len(datasets) + len(writing)) * params.max_length
+        # A source that hasn't ended has more than its share of these: all but a document of each.
+        least = max(drawn_tokens - (len(datasets) + len(writing)) * params.max_length, 0)
         used_up = [
             number
             for number in datasets
             if taken[number] and numbers[number] < HELD_OUT_EVERY
-            if number not in came or came[number] < least * sources[number].share / whole
+            if came.get(number, 0) <= least * sources[number].share / whole
         ]
         if not used_up:
             break

@@ -166,9 +166,8 @@ def _warn_of_a_training_that_may_not_fit(params: Params, model: Model) -> None:
     if not params.heal_tokens or (needed := healing_bytes(model, params)) <= free:
         return
     if params.heal_weights != "lora":
-        # Stacks of experts learn by AdamW in any case.
-        smaller = params.heal_optimizer != "muon" and not model.family().experts
-        advice = "set heal_weights: lora" + (", or heal_optimizer: muon" if smaller else "")
+        by_muon = healing_bytes(model, params.model_copy(update={"heal_optimizer": "muon"}))
+        advice = "set heal_weights: lora" + (", or heal_optimizer: muon" if by_muon < needed else "")
     else:
         advice = "lower batch_size or max_length"
     logger.warning(
